@@ -1,0 +1,140 @@
+"""The exit adapter of Kangaroo and CATS (paper section 4.3): two norms, one attention layer, one residual, the base's own head.
+
+    x = h + SelfAttn(RMSNorm_in(h))        h leaves base layer `exit_layer`
+    y = RMSNorm_final(x)                   logits = lm_head(y), the head is the base model's
+
+There is no MLP and no post-attention norm. At Vicuna-7B this is 67.1 M parameters.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import Cache, LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from cats.checkpoint import load_strictly, parse_dtype, read_tensors
+from cats.errors import CatsError
+from cats.files import write_atomically
+from cats.rope import RopeTable
+
+COPIED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+COPIED_FIELDS += ("hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+
+
+class AdapterLayer(nn.Module):
+    """`x = h + SelfAttn(RMSNorm_in(h))`."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer_idx=0)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_BTD: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_BTD),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        return hidden_BTD + attended
+
+
+class AdapterModel(nn.Module):
+    """A one-layer exit adapter.
+
+    Args:
+        config: shapes, rope and biases; `num_hidden_layers` is not read.
+        exit_layer: the adapter reads the state that leaves base layers `[0, exit_layer)`; None where not known yet.
+    """
+
+    def __init__(self, config: LlamaConfig, exit_layer: int | None = None):
+        super().__init__()
+        config._attn_implementation = "sdpa"
+        self.config, self.exit_layer = config, exit_layer
+        self.layers = nn.ModuleList([AdapterLayer(config)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.cover_positions(config.max_position_embeddings)
+
+    def cover_positions(self, context: int) -> None:
+        """Make the rotary embeddings reach `context` positions (the base's context may be longer than the adapter's configuration)."""
+        with torch.device("cpu"):
+            self.rope = RopeTable(LlamaRotaryEmbedding(self.config), self.config, context)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.norm.weight.dtype
+
+    def forward(
+        self,
+        hidden_BTD: torch.Tensor,
+        positions_T: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """States [B, T, D] at the exit -> states [B, T, D] for the base's lm_head.
+
+        Without positions, mask and cache this is one causal pass from position 0, as training uses it.
+        """
+        if positions_T is None:
+            positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+        position_embeddings = self.rope.rows(positions_T, hidden_BTD.dtype)
+        return self.norm(self.layers[0](hidden_BTD, position_embeddings, attention_mask, past_key_values))
+
+    @staticmethod
+    def config_for(base: PretrainedConfig) -> LlamaConfig:
+        """The configuration of a fresh adapter for `base`: same width, heads, rope and epsilon, one layer, no bias."""
+        fields = {name: getattr(base, name) for name in COPIED_FIELDS if getattr(base, name, None) is not None}
+        return LlamaConfig(num_hidden_layers=1, attention_bias=False, mlp_bias=False, **fields)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, exit_layer: int | None = None, dtype: str = "auto", device: str | torch.device = "cpu"
+    ) -> "AdapterModel":
+        """Load `config.json` and the weights, strictly. A given `exit_layer` must agree with the one in the configuration, if any."""
+        config = read_adapter_config(directory)
+        recorded = getattr(config, "exit_layer", None)
+        if exit_layer is not None and recorded is not None and exit_layer != recorded:
+            raise CatsError(f"the adapter in {directory} was trained at exit {recorded}, not {exit_layer}; give --{{draft,shallow}}-layer {recorded}.")
+        exit_layer = recorded if exit_layer is None else exit_layer
+        if exit_layer is None:
+            raise CatsError(f"{Path(directory) / 'config.json'} does not say the exit layer of the adapter; give it explicitly.")
+        with torch.device("meta"):
+            adapter = cls(config, exit_layer)
+        tensors = read_tensors(directory)
+        stored = next(iter(tensors.values())).dtype if tensors else None
+        load_strictly(
+            adapter, tensors, f"the adapter in {directory}", parse_dtype(dtype, stored), torch.device(device), ignored=("rotary_emb.inv_freq",)
+        )
+        return adapter.eval()
+
+    def save_pretrained(self, directory: str | Path, also_bin: bool = False) -> None:
+        """Write `config.json` and `model.safetensors` (and `pytorch_model.bin` on request), each atomically."""
+        directory = Path(directory)
+        fields = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
+        fields |= {"num_hidden_layers": 1, "exit_layer": self.exit_layer, "dtype": str(self.dtype).removeprefix("torch.")}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(directory / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+        if also_bin:
+            write_atomically(directory / "pytorch_model.bin", lambda part: torch.save(tensors, part))
+        write_atomically(directory / "config.json", lambda part: part.write_text(json.dumps(fields, indent=1) + "\n"))
+
+
+def read_adapter_config(directory: str | Path) -> LlamaConfig:
+    """The `config.json` of an adapter directory, upstream's or ours."""
+    path = Path(directory) / "config.json"
+    try:
+        return LlamaConfig.from_dict(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CatsError(f"cannot read {path}: {error}; an adapter directory holds config.json beside its weights.") from error
+    except (ValueError, TypeError) as error:
+        raise CatsError(f"{path} is not a Llama configuration: {str(error).splitlines()[0]}.") from error

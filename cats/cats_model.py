@@ -1,0 +1,60 @@
+"""One base model, one head, any number of named exit adapters."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cats.adapter import AdapterModel
+from cats.earlyexit import EarlyExitLlamaForCausalLM
+from cats.errors import CatsError
+
+
+class MultiAdapterCATSModel(nn.Module):
+    """The base is loaded once; adapters read its exits and share its `lm_head`.
+
+    Attributes:
+        base: the target model.
+        adapters: name -> adapter; "draft" and "shallow" are the names that the methods ask for.
+    """
+
+    def __init__(self, base: EarlyExitLlamaForCausalLM):
+        super().__init__()
+        self.base = base
+        self.adapters: dict[str, AdapterModel] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_path: str | Path,
+        adapters: Mapping[str, tuple[str | Path, int | None]] | None = None,
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
+    ) -> "MultiAdapterCATSModel":
+        """Load a base checkpoint and adapters `{name: (directory, exit layer or None)}` in one dtype on one device."""
+        model = cls(EarlyExitLlamaForCausalLM.from_pretrained(base_path, dtype, device))
+        for name, (directory, exit_layer) in (adapters or {}).items():
+            precision = str(model.base.dtype).removeprefix("torch.")
+            model.add_adapter(name, AdapterModel.from_pretrained(directory, exit_layer, precision, device), f"the adapter in {directory}")
+        return model
+
+    def add_adapter(self, name: str, adapter: AdapterModel, what: str = "the adapter") -> None:
+        """Attach an adapter under `name`; raises `CatsError` where it does not fit this base."""
+        if adapter.config.hidden_size != self.base.config.hidden_size:
+            raise CatsError(
+                f"{what} has width {adapter.config.hidden_size}, the base model has {self.base.config.hidden_size}; "
+                "it belongs to another model."
+            )
+        if adapter.exit_layer is None or not 0 < adapter.exit_layer < self.base.layer_count:
+            raise CatsError(f"{what} reads exit {adapter.exit_layer}; exits of this base model are 1 to {self.base.layer_count - 1}.")
+        adapter.cover_positions(self.base.context)
+        self.adapters[name] = adapter
+        self.add_module(f"adapter_{name}", adapter)
+
+    def exits(self, names: tuple[str, ...]) -> dict[str, int]:
+        """Exit layer of each named adapter; raises `CatsError` naming one that is not attached."""
+        for name in names:
+            if name not in self.adapters:
+                raise CatsError(f"this method needs the adapter {name!r}, and none was given; attached are {sorted(self.adapters) or 'none'}.")
+        return {name: int(self.adapters[name].exit_layer or 0) for name in names}

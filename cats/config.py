@@ -1,0 +1,152 @@
+"""What one run is: frozen, checked once, here and nowhere else. Contradictions raise `CatsError` in plain words."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cats.errors import CatsError
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise `CatsError(sentence)` unless `condition` holds."""
+    if not condition:
+        raise CatsError(sentence)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How tokens are chosen and when an answer ends.
+
+    Attributes:
+        max_new_tokens: exact upper bound of the answer's length; an answer also ends at the end of the context.
+        temperature: 0 is greedy decoding.
+        top_p, top_k: truncation of the target's distribution for sampling; 1.0 and 0 switch it off.
+        typical_tau, typical_alpha: both above 0 choose typical acceptance (relaxed; Medusa uses 0.09 and 0.3).
+        seed: of the sampler.
+        eos_token_ids: the answer ends after any of these.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    typical_tau: float = 0.0
+    typical_alpha: float = 0.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, f"max-new-tokens is {self.max_new_tokens}; it must be at least 1.")
+        require(self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 (greedy) or above.")
+        require(0 < self.top_p <= 1, f"top-p is {self.top_p}; it must be above 0 and at most 1.")
+        require(self.top_k >= 0, f"top-k is {self.top_k}; it must be 0 (off) or above.")
+        tau, alpha = self.typical_tau, self.typical_alpha
+        require(0 <= tau <= 1 and alpha >= 0, f"typical-tau is {tau} and typical-alpha {alpha}; tau lies in [0, 1], alpha is not negative.")
+        require(
+            (tau == 0) == (alpha == 0),
+            f"typical-tau is {tau} and typical-alpha {alpha}; set both above 0 for typical acceptance or both to 0 for lossless decoding.",
+        )
+        require(tau == 0 or self.temperature > 0, "typical acceptance looks at probabilities; give a temperature above 0 with typical-tau.")
+        sampled = self.temperature > 0 and tau == 0
+        require(
+            sampled or (self.top_p == 1 and self.top_k == 0),
+            "top-p and top-k shape sampling; give a temperature above 0 without typical acceptance, or leave them out.",
+        )
+
+
+@dataclass(frozen=True)
+class AutoregressiveConfig:
+    """Plain decoding."""
+
+    name: ClassVar[str] = "autoregressive"
+
+
+@dataclass(frozen=True)
+class CascadeConfig:
+    """CATS (paper section 4.2).
+
+    Attributes:
+        steps: tokens drafted in a round, n.
+        threshold: from the second step on, drafting stops when the best probability falls below this; 0 never stops.
+        tree_topk: 1 is a chain; k adds the draft's k - 1 next best tokens as siblings, and k continuations of each correction.
+        total_tokens: nodes of the tree, root included; trunk and corrections enter whatever it says. -1: steps * tree_topk + 1 a round, plus the corrections.
+        sv_passes: rounds of drafting and shallow verification before the target pass.
+    """
+
+    steps: int = 5
+    threshold: float = 0.0
+    tree_topk: int = 1
+    total_tokens: int = -1
+    sv_passes: int = 1
+    name: ClassVar[str] = "cascade"
+
+    def __post_init__(self) -> None:
+        check_drafting(self.steps, self.threshold)
+        check_tree(self.tree_topk, self.total_tokens)
+        require(self.sv_passes >= 1, f"sv-passes is {self.sv_passes}; it must be at least 1.")
+        require(
+            self.tree_topk > 1 or self.total_tokens == -1,
+            f"total-tokens {self.total_tokens} has nothing to choose from in a chain; use tree-topk above 1, or total-tokens -1.",
+        )
+
+
+@dataclass(frozen=True)
+class KangarooConfig:
+    """Kangaroo: one adapter, a chain that ends where the draft loses confidence."""
+
+    steps: int = 6
+    threshold: float = 0.6
+    name: ClassVar[str] = "kangaroo"
+
+    def __post_init__(self) -> None:
+        check_drafting(self.steps, self.threshold)
+
+
+@dataclass(frozen=True)
+class EagleSelfConfig:
+    """EAGLE's drafting over the early exit: a chain of `steps`, or (tree_topk above 1) EAGLE-2's dynamic tree of depth `steps`."""
+
+    steps: int = 5
+    tree_topk: int = 1
+    total_tokens: int = -1
+    name: ClassVar[str] = "eagle_self"
+
+    def __post_init__(self) -> None:
+        check_drafting(self.steps, 0.0)
+        check_tree(self.tree_topk, self.total_tokens)
+        require(
+            self.tree_topk > 1 or self.total_tokens == -1,
+            f"total-tokens {self.total_tokens} has nothing to choose from in a chain; use tree-topk above 1, or total-tokens -1.",
+        )
+
+    @property
+    def node_budget(self) -> int:
+        """Nodes of the tree, root included."""
+        return self.steps * self.tree_topk + 1 if self.total_tokens == -1 else self.total_tokens
+
+
+@dataclass(frozen=True)
+class PromptLookupConfig:
+    """Prompt lookup: the last n-gram of up to `max_ngram` tokens, found earlier in the text, continued by `continuation` tokens."""
+
+    max_ngram: int = 3
+    continuation: int = 10
+    name: ClassVar[str] = "prompt_lookup"
+
+    def __post_init__(self) -> None:
+        require(self.max_ngram >= 1, f"max-ngram is {self.max_ngram}; it must be at least 1.")
+        require(self.continuation >= 1, f"continuation is {self.continuation}; it must be at least 1.")
+
+
+MethodConfig = AutoregressiveConfig | CascadeConfig | KangarooConfig | EagleSelfConfig | PromptLookupConfig
+
+
+def check_drafting(steps: int, threshold: float) -> None:
+    """Checks that every drafting method shares."""
+    require(steps >= 1, f"steps is {steps}; it must be at least 1.")
+    require(0 <= threshold < 1, f"threshold is {threshold}; it is a probability below 1.")
+
+
+def check_tree(tree_topk: int, total_tokens: int) -> None:
+    """Checks that every tree shares."""
+    require(tree_topk >= 1, f"tree-topk is {tree_topk}; it must be at least 1.")
+    require(total_tokens == -1 or total_tokens >= 2, f"total-tokens is {total_tokens}; it must be -1 (automatic) or at least 2.")

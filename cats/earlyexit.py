@@ -1,0 +1,195 @@
+"""The base model, run layer by layer: any range `[start, end)`, or a part of it, over a shared cache.
+
+The layers are transformers' own, so every checkpoint of a family with this layout works (Llama, Mistral, Qwen2): an
+embedding, equal decoder layers, a final norm and a head. A layer is called with hidden states, a 4-D bias, rotary
+embeddings and a cache, and nothing else. Layer weights are taken from a `LayerSource`, one layer at a time, which is
+the seam at which weights that do not fit in memory are streamed.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from cats.checkpoint import load_strictly, parse_dtype, read_tensors
+from cats.errors import CatsError
+from cats.kv_cache import KVCache
+from cats.rope import RopeTable
+
+FAMILIES = ("llama", "mistral", "qwen2")
+
+
+class LayerSource(Protocol):
+    """Where decoder layers come from."""
+
+    def layer(self, index: int) -> nn.Module:
+        """The decoder layer `index`, its weights ready on the compute device until another layer is asked for."""
+        ...
+
+
+class ResidentLayers:
+    """All layers in memory."""
+
+    def __init__(self, layers: nn.ModuleList):
+        self._layers = list(layers)
+
+    def layer(self, index: int) -> nn.Module:
+        """See `LayerSource`."""
+        return self._layers[index]
+
+
+@dataclass(frozen=True)
+class SkippedParts:
+    """Sub-layers left out of a run: a draft made of a subset of the model (CAS-Spec, paper's layer sparsity)."""
+
+    attention: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+
+class EarlyExitLlamaForCausalLM(nn.Module):
+    """A causal language model with an exit after every layer.
+
+    Attributes:
+        config: the transformers configuration.
+        layer_count: decoder layers L.
+        context: positions the model can see.
+        lm_head: hidden states [.., D] -> logits [.., V]; shared by every adapter.
+    """
+
+    def __init__(self, causal_lm: nn.Module, config: PretrainedConfig):
+        super().__init__()
+        self.config = config
+        decoder = causal_lm.model
+        self.embed_tokens, self.norm, self.lm_head = decoder.embed_tokens, decoder.norm, causal_lm.lm_head
+        self.layers = decoder.layers
+        self.layer_count, self.context = len(decoder.layers), usable_context(config)
+        self.source: LayerSource = ResidentLayers(decoder.layers)
+        with torch.device("cpu"):
+            self.rope = RopeTable(type(decoder.rotary_emb)(config=config), config, self.context)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and the arithmetic."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Compute device."""
+        return self.norm.weight.device
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: str = "auto", device: str | torch.device = "cpu") -> "EarlyExitLlamaForCausalLM":
+        """Load a checkpoint directory, strictly; nothing is initialised at random. Raises `CatsError` on any fault."""
+        config = read_config(directory)
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        tensors = read_tensors(directory)
+        if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+            tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+        target = parse_dtype(dtype, next(iter(tensors.values())).dtype if tensors else None)
+        load_strictly(causal_lm, tensors, f"the checkpoint in {directory}", target, torch.device(device), ignored=("rotary_emb.inv_freq",))
+        if config.tie_word_embeddings:
+            causal_lm.lm_head.weight = causal_lm.model.embed_tokens.weight
+        return cls(causal_lm, config).eval()
+
+    def forward_draft_or_large_model(
+        self,
+        input_ids: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        start_layer: int = 0,
+        end_layer: int | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        positions_T: torch.Tensor | None = None,
+        skipped: SkippedParts | None = None,
+    ) -> torch.Tensor:
+        """Run layers `[start_layer, end_layer)`; the one routine behind draft, shallow and target passes.
+
+        Args:
+            input_ids: token ids [B, T], to be embedded (only with `start_layer` 0), or
+            hidden_states: states [B, T, D] that left layer `start_layer - 1`.
+            end_layer: L where not given.
+            past_key_values: entries are written and read at the slots that the cache's `writing` block says.
+            attention_mask: additive bias [1, 1, T, S + T]; None means causal (no cache) or everything visible (one query).
+            positions_T: position of each query; 0, 1, .. where not given.
+            skipped: sub-layers to leave out.
+
+        Returns:
+            hidden states [B, T, D] that leave layer `end_layer - 1` (before the final norm).
+        """
+        if (input_ids is None) == (hidden_states is None):
+            raise ValueError("give either input_ids or hidden_states")
+        hidden_BTD = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
+        if positions_T is None:
+            positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+        rope = self.rope.rows(positions_T, hidden_BTD.dtype)
+        for index in range(start_layer, self.layer_count if end_layer is None else end_layer):
+            if skipped is None:
+                hidden_BTD = self.source.layer(index)(
+                    hidden_BTD, attention_mask=attention_mask, position_embeddings=rope, past_key_values=past_key_values
+                )
+            else:
+                hidden_BTD = self._run_parts(index, hidden_BTD, attention_mask, rope, past_key_values, skipped)
+        return hidden_BTD
+
+    def _run_parts(self, index: int, hidden_BTD, attention_mask, rope, past_key_values, skipped: SkippedParts) -> torch.Tensor:
+        """One decoder layer without the parts that `skipped` names."""
+        if index in skipped.attention and index in skipped.mlp:
+            return hidden_BTD
+        layer = self.source.layer(index)
+        if index not in skipped.attention:
+            attended, _ = layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden_BTD),
+                attention_mask=attention_mask,
+                position_embeddings=rope,
+                past_key_values=past_key_values,
+            )
+            hidden_BTD = hidden_BTD + attended
+        if index not in skipped.mlp:
+            hidden_BTD = hidden_BTD + layer.mlp(layer.post_attention_layernorm(hidden_BTD))
+        return hidden_BTD
+
+    def hidden_states(self, input_ids: torch.Tensor, exits: Sequence[int]) -> dict[int, torch.Tensor]:
+        """States [B, N, D] leaving layers `[0, exit)` for each exit (0: the embeddings), by one causal pass without a cache."""
+        states = {}
+        hidden, reached = self.embed_tokens(input_ids), 0
+        for exit_layer in sorted(set(exits)):
+            hidden = self.forward_draft_or_large_model(hidden_states=hidden, start_layer=reached, end_layer=exit_layer)
+            states[exit_layer], reached = hidden, exit_layer
+        return states
+
+    def target_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States [.., D] leaving the last layer -> logits [.., V]: final norm, then the head."""
+        return self.lm_head(self.norm(hidden))
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for all layers with `capacity` slots."""
+        return KVCache(self.config, self.layer_count, capacity, self.dtype, self.device)
+
+
+def read_config(directory: str | Path) -> PretrainedConfig:
+    """The model configuration of a checkpoint directory; raises `CatsError` where the family is not supported."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CatsError(f"there is no directory {directory}; give the path of a checkpoint directory.")
+    try:
+        family = json.loads((directory / "config.json").read_text()).get("model_type")
+        if family not in FAMILIES:
+            raise CatsError(f"{directory} is a checkpoint of type {family!r}; supported are {', '.join(FAMILIES)}.")
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except CatsError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CatsError(f"cannot read {directory / 'config.json'}: {str(error).splitlines()[0]}; fetch the checkpoint again.") from error
+
+
+def usable_context(config: PretrainedConfig) -> int:
+    """Positions in which plain causal attention is what the model was made for: the context, or a sliding window if shorter."""
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None and getattr(config, "use_sliding_window", True)
+    return min(config.max_position_embeddings, window) if slides else config.max_position_embeddings

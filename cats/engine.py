@@ -1,0 +1,165 @@
+"""The step and the loop: propose, verify, accept, commit. Every method runs through here, and only here is there a loop over tokens.
+
+Token ids in, token ids out: no tokenizer, no text.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from cats.acceptance import Acceptance, Verdict, build_acceptance
+from cats.cats_model import MultiAdapterCATSModel
+from cats.config import GenerationConfig, require
+from cats.methods.base import Method
+from cats.state import Cycle, DecodeState
+from cats.trace import Confusion, StepTrace
+
+Stop = Callable[[list[int], int], int | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens that one step committed, why the answer ended with it ("eos", "length", "context", "stop", or None), and its trace."""
+
+    tokens: list[int]
+    finish: str | None
+    trace: StepTrace
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole answer: new token ids, the reason of its end, one trace a step (the first is the prefill)."""
+
+    ids: list[int]
+    finish: str
+    traces: list[StepTrace]
+
+
+class Limits:
+    """When an answer ends: after an EOS token, at its length, at the end of the context, or where `stop` says."""
+
+    def __init__(self, config: GenerationConfig, prompt: int, context: int, stop: Stop | None):
+        self.eos, self.stop, self.prompt = set(config.eos_token_ids), stop, prompt
+        self.room = min(config.max_new_tokens, context - prompt)
+        self.at_end = "length" if self.room == config.max_new_tokens else "context"
+
+    def depth(self, tokens: int) -> int:
+        """Deepest tree node of use: path and next token must fit into what is left."""
+        return self.prompt + self.room - tokens - 1
+
+    def cut(self, answer: list[int], new: list[int]) -> tuple[int, str | None]:
+        """How many of the `new` tokens to keep after `answer`, and the reason if the answer ends there."""
+        keep, finish = len(new), None
+        for count, token in enumerate(new, 1):
+            if token in self.eos:
+                keep, finish = count, "eos"
+                break
+        stopped = self.stop(answer + new[:keep], keep) if self.stop else None
+        if stopped is not None and (finish is None or stopped < len(answer) + keep):
+            keep, finish = stopped - len(answer), "stop"
+        if finish is None and len(answer) + keep == self.room:
+            finish = self.at_end
+        return keep, finish
+
+
+def read_prompt(state: DecodeState, acceptance: Acceptance, limits: Limits) -> Step:
+    """The first step: run the prompt; the target's own token after it becomes the root."""
+    cycle = Cycle(state, depth_limit=0)
+    with cycle.stage("target"):
+        logits_1V = state.read_prompt()
+    with cycle.stage("accept"):
+        verdict = acceptance.judge(cycle.tree, [0], logits_1V)
+        keep, finish = limits.cut([], [verdict.next_token])
+        state.tokens.append(verdict.next_token)
+    trace = StepTrace(True, 1, 0, keep, layer_passes=state.base.layer_count, seconds=cycle.watch.reading())
+    return Step([verdict.next_token][:keep], finish, trace)
+
+
+def decode_step(state: DecodeState, method: Method, acceptance: Acceptance, limits: Limits) -> Step:
+    """One cycle: propose, verify, accept, commit."""
+    cycle = Cycle(state, limits.depth(len(state.tokens)))
+    nodes = method.propose(cycle)
+    with cycle.stage("target"):
+        logits_TV = cycle.target_logits(nodes)
+    with cycle.stage("accept"):
+        verdict = acceptance.judge(cycle.tree, nodes, logits_TV)
+        method.observe(cycle, nodes, logits_TV, verdict)
+        tokens = [cycle.tree.tokens[node] for node in verdict.path[1:]] + [verdict.next_token]
+        keep, finish = limits.cut(state.tokens[limits.prompt :], tokens)
+        state.commit(cycle, verdict.path[:keep], tokens[keep - 1])
+    return Step(tokens[:keep], finish, trace_of(cycle, nodes, verdict, keep))
+
+
+def trace_of(cycle: Cycle, nodes: Sequence[int], verdict: Verdict, keep: int) -> StepTrace:
+    """The record of a finished cycle."""
+    judged = [(says, verdict.accepted[node]) for node, says in cycle.shallow_verdicts.items() if node in verdict.accepted]
+    counts = Confusion(
+        tp=judged.count((True, True)), fp=judged.count((True, False)), fn=judged.count((False, True)), tn=judged.count((False, False))
+    )
+    return StepTrace(
+        prefill=False,
+        nodes=len(nodes),
+        accepted=len(verdict.path) - 1,
+        committed=keep,
+        accepted_kinds=tuple(cycle.tree.kinds[node] for node in verdict.path[1:]),
+        shallow_accepted=cycle.shallow_accepted,
+        confusion=None if cycle.shallow_accepted is None else counts,
+        layer_passes=cycle.layer_passes,
+        seconds=cycle.watch.reading(),
+    )
+
+
+@torch.inference_mode()
+def stream(
+    model: MultiAdapterCATSModel, prompt_ids: Sequence[int], method: Method, config: GenerationConfig, *, stop: Stop | None = None
+) -> Iterator[Step]:
+    """Generate step by step. Nothing survives the call: an exception, or an abandoned iterator, leaves no state behind.
+
+    Args:
+        prompt_ids: at least one token, and fewer than the context holds.
+        stop: called after each step with the answer so far and the number of new tokens; returns how many to keep, or None.
+
+    Raises:
+        CatsError: the prompt is empty or does not fit, or an adapter is missing.
+    """
+    context = model.base.context
+    require(len(prompt_ids) > 0, "the prompt is empty; give at least one token.")
+    require(
+        len(prompt_ids) < context,
+        f"the prompt has {len(prompt_ids)} tokens and the model's context holds {context}, the answer included; shorten the prompt.",
+    )
+    limits = Limits(config, len(prompt_ids), context, stop)
+    state = DecodeState(model, prompt_ids, method.adapters, len(prompt_ids) + limits.room, method.max_nodes)
+    acceptance = build_acceptance(config, model.base.device)
+    step = read_prompt(state, acceptance, limits)
+    method.start(state)
+    yield step
+    while step.finish is None:
+        step = decode_step(state, method, acceptance, limits)
+        yield step
+
+
+def generate(
+    model: MultiAdapterCATSModel,
+    prompt_ids: Sequence[int],
+    method: Method,
+    config: GenerationConfig,
+    *,
+    streamer: BaseStreamer | None = None,
+    stop: Stop | None = None,
+) -> Generation:
+    """Generate one answer; see `stream`. A transformers `streamer` gets the prompt, then each step's tokens one by one."""
+    ids: list[int] = []
+    traces: list[StepTrace] = []
+    finish: str | None = None
+    if streamer is not None:
+        streamer.put(torch.tensor([list(prompt_ids)]))
+    for step in stream(model, prompt_ids, method, config, stop=stop):
+        ids, traces, finish = ids + step.tokens, [*traces, replace(step.trace)], step.finish
+        for token in step.tokens if streamer is not None else ():
+            streamer.put(torch.tensor([token]))  # type: ignore[union-attr]
+    if streamer is not None:
+        streamer.end()
+    return Generation(ids, str(finish), traces)

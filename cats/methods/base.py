@@ -1,0 +1,36 @@
+"""The contract of a method: it grows a tree. The engine verifies, accepts and commits."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from cats.acceptance import Verdict
+from cats.state import Cycle, DecodeState
+
+
+class Method(ABC):
+    """Proposes; never loops over tokens, never touches a cache.
+
+    What a method can ask for, all through `Cycle`: run nodes to an exit (`advance`) and read an adapter there
+    (`adapter_logits`), run them through a part of the model (`draft_logits`), add query rows that cannot be accepted
+    (`tree.add_probe`). What it gets back: `observe`.
+    """
+
+    adapters: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def max_nodes(self) -> int:
+        """Upper bound of tree nodes in a step, root included; caches are sized by it."""
+
+    def start(self, state: DecodeState) -> None:
+        """A new answer begins; the prompt is in the caches. Forget everything about the last one."""
+
+    @abstractmethod
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        """Grow `cycle.tree` below `cycle.depth_limit`; return the nodes to verify, root first, closed under parents."""
+
+    def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:
+        """After verification, before the commit: the target's logits at `nodes`, the tree, the verdict."""

@@ -1,0 +1,138 @@
+"""CATS (paper sections 4.2 and appendix A): draft at exit d, check and correct at exit s, verify the whole tree once.
+
+    draft       a chain through [0, d) and the draft adapter                    the trunk
+    check       all of it through [d, s); where the shallow adapter's best
+                token differs from the draft, that token enters as well         corrections
+                after the last draft token its best token is free
+    branch      the draft's other top-k tokens along the trunk                  siblings
+                and its top-k after each correction                             continuations
+    verify      (engine) every node from exit s through [s, L), once
+
+The shallow verifier sees further than the draft, so scores along the trunk are its log-probabilities, for siblings too;
+continuations, which it has not seen, carry the draft's. `sv_passes` rounds of draft and check may run before the target
+pass: each further round drafts on from the shallow verifier's first correction, or from its free token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cats.config import CascadeConfig
+from cats.methods.base import Method
+from cats.methods.chain import Chain, draft_chain
+from cats.state import Cycle
+from cats.tree import best_candidates
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the shallow verifier says along a chain of m + 1 nodes: its best token after each, with its log-probability,
+    and its log-probabilities of the draft's top-k tokens after the first m."""
+
+    best_tokens: list[int]
+    best_scores: list[float]
+    draft_scores: list[list[float]]
+
+
+class Cascade(Method):
+    """See the module."""
+
+    adapters = ("draft", "shallow")
+
+    def __init__(self, config: CascadeConfig):
+        self.config = config
+
+    @property
+    def max_nodes(self) -> int:
+        """Trunks and their corrections, or what total_tokens allows if that is more."""
+        config = self.config
+        entering = config.sv_passes * 2 * (config.steps + 1)
+        return entering + max(config.total_tokens, config.sv_passes * config.steps * config.tree_topk + 1)
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        """See `Method`."""
+        rounds: list[tuple[Chain, Checked]] = []
+        corrections: list[int] = []
+        agreed = cycle.shallow_accepted = 0
+        start: int | None = 0
+        while start is not None and len(rounds) < self.config.sv_passes:
+            with cycle.stage("draft"):
+                chain = draft_chain(cycle, "draft", start, self.config.steps, self.config.threshold, self.config.tree_topk)
+            with cycle.stage("shallow"):
+                checked = self._check(cycle, chain)
+                agreed, found = self._correct(cycle, chain, checked)
+            cycle.shallow_accepted += agreed
+            corrections += found.values()
+            rounds.append((chain, checked))
+            start = found.get(agreed)
+        with cycle.stage("shallow"):
+            if self._room(cycle, corrections, len(rounds)) > 0:
+                self._branch(cycle, rounds, corrections)
+            nodes = range(len(cycle.tree))
+            cycle.advance(nodes, cycle.state.exits["shallow"])
+        return nodes
+
+    def _check(self, cycle: Cycle, chain: Chain) -> Checked:
+        """Run the chain through `[d, s)` and the shallow adapter, in one batch; one transfer from the device."""
+        cycle.advance(chain.nodes, cycle.state.exits["shallow"])
+        scores_TV = torch.log_softmax(cycle.adapter_logits("shallow", chain.nodes).float(), dim=-1)
+        best = scores_TV.max(dim=-1)
+        drafted = torch.tensor(chain.top_tokens, dtype=torch.long, device=scores_TV.device)
+        draft_scores = scores_TV[:-1].gather(1, drafted.reshape(-1, self.config.tree_topk))
+        return Checked(best.indices.tolist(), best.values.tolist(), draft_scores.tolist())
+
+    def _correct(self, cycle: Cycle, chain: Chain, checked: Checked) -> tuple[int, dict[int, int]]:
+        """Rescore the trunk, add corrections and the free token.
+
+        Returns:
+            how many draft tokens the verifier agreed with before it first differed, and the corrections by place in the chain.
+        """
+        tree, corrections, agreed = cycle.tree, {}, None
+        for place, node in enumerate(chain.nodes):
+            drafted = chain.nodes[place + 1] if place + 1 < len(chain.nodes) else None
+            agrees = drafted is not None and tree.tokens[drafted] == checked.best_tokens[place]
+            if drafted is not None:
+                tree.scores[drafted] = tree.scores[node] + checked.draft_scores[place][0]
+                cycle.shallow_verdicts[drafted] = agrees
+            if agrees:
+                continue
+            agreed = place if agreed is None else agreed
+            if tree.depths[node] < cycle.depth_limit:
+                corrections[place] = tree.add(node, checked.best_tokens[place], "correction", checked.best_scores[place])
+        return len(chain.nodes) - 1 if agreed is None else agreed, corrections
+
+    def _room(self, cycle: Cycle, corrections: list[int], rounds: int) -> int:
+        """Nodes that siblings and continuations may still take."""
+        config = self.config
+        automatic = rounds * config.steps * config.tree_topk + 1 + len(corrections)
+        return (automatic if config.total_tokens == -1 else config.total_tokens) - len(cycle.tree)
+
+    def _branch(self, cycle: Cycle, rounds: list[tuple[Chain, Checked]], corrections: list[int]) -> None:
+        """Let siblings and continuations compete by cumulative log-probability for the room that is left."""
+        tree = cycle.tree
+        offered = [
+            (tree.scores[node] + score, node, token, "sibling")
+            for chain, checked in rounds
+            for node, tokens, scores in zip(chain.nodes, chain.top_tokens, checked.draft_scores, strict=False)
+            for token, score in zip(tokens, scores, strict=True)
+        ]
+        offered += self._continuations(cycle, corrections)
+        kinds = {(parent, token): kind for _, parent, token, kind in offered if tree.child(parent, token) is None}
+        fresh = [(score, parent, token) for score, parent, token, _ in offered if (parent, token) in kinds]
+        for score, parent, token in best_candidates(fresh, self._room(cycle, corrections, len(rounds))):
+            tree.add(parent, token, kinds[parent, token], score - tree.scores[parent])
+
+    def _continuations(self, cycle: Cycle, corrections: list[int]) -> list[tuple[float, int, int, str]]:
+        """The draft's top-k after each correction that no further round has drafted from."""
+        tree = cycle.tree
+        open_ones = [node for node in corrections if not tree.children(node) and tree.depths[node] < cycle.depth_limit]
+        if not open_ones:
+            return []
+        cycle.advance(range(len(tree)), cycle.state.exits["draft"])
+        best = torch.log_softmax(cycle.adapter_logits("draft", open_ones).float(), dim=-1).topk(self.config.tree_topk, dim=-1)
+        return [
+            (tree.scores[node] + value, node, token, "continuation")
+            for node, tokens, values in zip(open_ones, best.indices.tolist(), best.values.tolist(), strict=True)
+            for token, value in zip(tokens, values, strict=True)
+        ]

@@ -1,0 +1,68 @@
+"""EAGLE's drafting (Li et al. 2024) in the self-speculative setting of the paper: over the early exit and its adapter.
+
+Chain: Kangaroo without a threshold. Tree: EAGLE-2's dynamic tree. At every level the k best nodes by cumulative
+log-probability are expanded with k children each; in the end all candidates compete, and the best ones are verified.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from cats.config import EagleSelfConfig
+from cats.methods.base import Method
+from cats.methods.chain import draft_chain
+from cats.state import Cycle
+from cats.tree import best_candidates
+
+Candidate = tuple[float, int, int]
+
+
+class EagleSelf(Method):
+    """See the module."""
+
+    adapters = ("draft",)
+
+    def __init__(self, config: EagleSelfConfig):
+        self.config = config
+
+    @property
+    def max_nodes(self) -> int:
+        """Expanded nodes need not be verified, so both numbers count."""
+        expanded = 1 + (self.config.steps - 1) * self.config.tree_topk
+        return expanded + self.config.node_budget
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        """See `Method`."""
+        with cycle.stage("draft"):
+            if self.config.tree_topk == 1:
+                return draft_chain(cycle, "draft", 0, self.config.steps, 0.0, topk=1).nodes
+            candidates = self._grow(cycle)
+            chosen = best_candidates(candidates, self.config.node_budget - 1)
+            return [0] + sorted(add_candidate(cycle, candidate) for candidate in chosen)
+
+    def _grow(self, cycle: Cycle) -> list[Candidate]:
+        """Expand level by level; returns every candidate ever offered, parents before children."""
+        candidates: list[Candidate] = []
+        level = [0]
+        for depth in range(1, min(self.config.steps, cycle.depth_limit) + 1):
+            offered = self._expand(cycle, level)
+            candidates += offered
+            if depth < min(self.config.steps, cycle.depth_limit):
+                level = [add_candidate(cycle, candidate) for candidate in best_candidates(offered, self.config.tree_topk)]
+        return candidates
+
+    def _expand(self, cycle: Cycle, nodes: list[int]) -> list[Candidate]:
+        """The k best continuations of each node, as (cumulative score, parent, token)."""
+        cycle.advance(nodes, cycle.state.exits["draft"])
+        logits_TV = cycle.adapter_logits("draft", nodes)
+        best = torch.log_softmax(logits_TV.float(), dim=-1).topk(self.config.tree_topk, dim=-1)
+        offered = []
+        for node, tokens, values in zip(nodes, best.indices.tolist(), best.values.tolist(), strict=True):
+            offered += [(cycle.tree.scores[node] + value, node, token) for token, value in zip(tokens, values, strict=True)]
+        return offered
+
+
+def add_candidate(cycle: Cycle, candidate: Candidate) -> int:
+    """Make a candidate a node of the tree (or find the node that it became earlier)."""
+    score, parent, token = candidate
+    return cycle.tree.add(parent, token, "trunk" if parent == 0 else "sibling", score - cycle.tree.scores[parent])

@@ -1,0 +1,55 @@
+"""Prompt lookup (Saxena 2023): the text so far proposes what followed its last n-gram the last time. No model, no cost."""
+
+from collections.abc import Sequence
+
+from cats.config import PromptLookupConfig
+from cats.methods.base import Method
+from cats.state import Cycle, DecodeState
+
+
+class NgramIndex:
+    """Where every n-gram of up to `longest` tokens last ended, grown as text is appended; the newest end is held back.
+
+    An n-gram is only found where something follows it, so the one that ends the text is entered with the next token.
+    """
+
+    def __init__(self, longest: int):
+        self._longest, self._indexed = longest, 0
+        self._ends: dict[tuple[int, ...], int] = {}
+
+    def continuation(self, tokens: list[int], count: int) -> list[int]:
+        """Up to `count` tokens that followed the latest earlier occurrence of the longest known last n-gram."""
+        for end in range(self._indexed + 1, len(tokens)):
+            for size in range(1, min(self._longest, end) + 1):
+                self._ends[tuple(tokens[end - size : end])] = end
+        self._indexed = max(self._indexed, len(tokens) - 1)
+        for size in range(min(self._longest, len(tokens)), 0, -1):
+            end = self._ends.get(tuple(tokens[-size:]))
+            if end is not None:
+                return tokens[end : end + count]
+        return []
+
+
+class PromptLookup(Method):
+    """A chain copied from the text."""
+
+    def __init__(self, config: PromptLookupConfig):
+        self.config = config
+        self._index = NgramIndex(config.max_ngram)
+
+    @property
+    def max_nodes(self) -> int:
+        """See `Method`."""
+        return self.config.continuation + 1
+
+    def start(self, state: DecodeState) -> None:
+        """See `Method`."""
+        self._index = NgramIndex(self.config.max_ngram)
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        """See `Method`."""
+        with cycle.stage("draft"):
+            nodes = [0]
+            for token in self._index.continuation(cycle.state.tokens, min(self.config.continuation, cycle.depth_limit)):
+                nodes.append(cycle.tree.add(nodes[-1], token, "lookup"))
+            return nodes

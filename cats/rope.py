@@ -1,0 +1,27 @@
+"""Rotary position embeddings as a table: computed once by transformers' own module, then looked up by position."""
+
+import torch
+from torch import nn
+
+from cats.errors import CatsError
+
+
+class RopeTable:
+    """cos and sin of every position below `context`, in the dtype and on the device last asked for."""
+
+    def __init__(self, rotary: nn.Module, config, context: int):
+        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if kind == "longrope":
+            raise CatsError("rope type 'longrope' depends on the length of the text and is not supported; use a checkpoint with fixed rope.")
+        self._rotary, self._context = rotary, context
+        self._cos_ND: torch.Tensor | None = None
+        self._sin_ND: torch.Tensor | None = None
+
+    def rows(self, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) at the given positions, each of shape [1, T, head_dim]."""
+        if self._cos_ND is None or self._sin_ND is None or self._cos_ND.dtype != dtype or self._cos_ND.device != positions_T.device:
+            everything = torch.arange(self._context, device=positions_T.device)[None]
+            like = torch.empty(0, dtype=dtype, device=positions_T.device)
+            cos, sin = self._rotary.to(positions_T.device)(like, position_ids=everything)
+            self._cos_ND, self._sin_ND = cos[0], sin[0]
+        return self._cos_ND[positions_T][None], self._sin_ND[positions_T][None]

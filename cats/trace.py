@@ -1,0 +1,87 @@
+"""What one step drafted, accepted and cost. Numbers only; averages and ratios are made elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """Wall-clock seconds of one step.
+
+    Attributes:
+        draft, shallow, target: the three stages of the cascade, everything inside them counted.
+        accept: judging and committing.
+        total: the whole step.
+        compute: the part of `total` inside layers, adapters and lm_head; the rest is the engine's own overhead.
+    """
+
+    draft: float = 0.0
+    shallow: float = 0.0
+    target: float = 0.0
+    accept: float = 0.0
+    total: float = 0.0
+    compute: float = 0.0
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """The shallow verifier's verdict against the target's over drafted tokens; positive means accepted."""
+
+    tp: int = 0
+    fp: int = 0
+    fn: int = 0
+    tn: int = 0
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step of the engine.
+
+    Attributes:
+        prefill: the step that reads the prompt; it commits one token and counts in no average of accepted tokens.
+        nodes: tree nodes that the target verified, root included.
+        accepted: drafted tokens on the accepted path.
+        committed: tokens kept from this step, the target's own next token included, cut at the end of the answer.
+        accepted_kinds: kind of each accepted node, in order.
+        shallow_accepted: trunk tokens that the shallow verifier agreed with before its first correction; None without one.
+        confusion: see `Confusion`; None without a shallow verifier.
+        layer_passes: executions of a decoder layer, however many rows each had.
+        seconds: see `StageSeconds`.
+    """
+
+    prefill: bool
+    nodes: int
+    accepted: int
+    committed: int
+    accepted_kinds: tuple[str, ...] = ()
+    shallow_accepted: int | None = None
+    confusion: Confusion | None = None
+    layer_passes: int = 0
+    seconds: StageSeconds = field(default_factory=StageSeconds)
+
+
+class Stopwatch:
+    """Adds up seconds under names."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Charge the block to `name`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.charge(name, time.perf_counter() - begin)
+
+    def charge(self, name: str, seconds: float) -> None:
+        """Add to `name`."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def reading(self) -> StageSeconds:
+        """Everything up to now."""
+        return StageSeconds(**self.seconds, total=time.perf_counter() - self.started)
