@@ -20,8 +20,10 @@ from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.rope import RopeTable
 
-COPIED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-COPIED_FIELDS += ("hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+COPIED_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+)
 
 
 class AdapterLayer(nn.Module):
@@ -72,7 +74,8 @@ class AdapterModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
-        return self.norm.weight.dtype
+        weight: torch.Tensor = self.norm.weight
+        return weight.dtype
 
     def forward(
         self,
@@ -88,7 +91,8 @@ class AdapterModel(nn.Module):
         if positions_T is None:
             positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         position_embeddings = self.rope.rows(positions_T, hidden_BTD.dtype)
-        return self.norm(self.layers[0](hidden_BTD, position_embeddings, attention_mask, past_key_values))
+        states: torch.Tensor = self.norm(self.layers[0](hidden_BTD, position_embeddings, attention_mask, past_key_values))
+        return states
 
     @staticmethod
     def config_for(base: PretrainedConfig) -> LlamaConfig:
@@ -104,7 +108,9 @@ class AdapterModel(nn.Module):
         config = read_adapter_config(directory)
         recorded = getattr(config, "exit_layer", None)
         if exit_layer is not None and recorded is not None and exit_layer != recorded:
-            raise CatsError(f"the adapter in {directory} was trained at exit {recorded}, not {exit_layer}; give --{{draft,shallow}}-layer {recorded}.")
+            raise CatsError(
+                f"the adapter in {directory} was trained at exit {recorded}, not {exit_layer}; give --{{draft,shallow}}-layer {recorded}."
+            )
         exit_layer = recorded if exit_layer is None else exit_layer
         if exit_layer is None:
             raise CatsError(f"{Path(directory) / 'config.json'} does not say the exit layer of the adapter; give it explicitly.")
@@ -113,7 +119,12 @@ class AdapterModel(nn.Module):
         tensors = read_tensors(directory)
         stored = next(iter(tensors.values())).dtype if tensors else None
         load_strictly(
-            adapter, tensors, f"the adapter in {directory}", parse_dtype(dtype, stored), torch.device(device), ignored=("rotary_emb.inv_freq",)
+            adapter,
+            tensors,
+            f"the adapter in {directory}",
+            parse_dtype(dtype, stored),
+            torch.device(device),
+            ignored=("rotary_emb.inv_freq",),
         )
         return adapter.eval()
 

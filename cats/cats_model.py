@@ -56,5 +56,7 @@ class MultiAdapterCATSModel(nn.Module):
         """Exit layer of each named adapter; raises `CatsError` naming one that is not attached."""
         for name in names:
             if name not in self.adapters:
-                raise CatsError(f"this method needs the adapter {name!r}, and none was given; attached are {sorted(self.adapters) or 'none'}.")
+                raise CatsError(
+                    f"this method needs the adapter {name!r}, and none was given; attached are {sorted(self.adapters) or 'none'}."
+                )
         return {name: int(self.adapters[name].exit_layer or 0) for name in names}

@@ -65,7 +65,9 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CatsError(f"cannot read the weights in {path}: {str(error).splitlines()[0]}; the file is damaged or cut short, fetch it again.") from error
+        raise CatsError(
+            f"cannot read the weights in {path}: {str(error).splitlines()[0]}; the file is damaged or cut short, fetch it again."
+        ) from error
 
 
 def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
@@ -103,7 +105,9 @@ def load_strictly(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(tuple(ignored) or ("\0",))}
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing:
-        raise CatsError(f"{what} lacks the tensor {missing[0]} ({len(missing)} missing in all); it is not a checkpoint of this architecture.")
+        raise CatsError(
+            f"{what} lacks the tensor {missing[0]} ({len(missing)} missing in all); it is not a checkpoint of this architecture."
+        )
     if extra:
         raise CatsError(f"{what} has a tensor {extra[0]} that the architecture does not know ({len(extra)} extra in all).")
     for name, tensor in tensors.items():

@@ -68,7 +68,8 @@ class CascadeConfig:
         steps: tokens drafted in a round, n.
         threshold: from the second step on, drafting stops when the best probability falls below this; 0 never stops.
         tree_topk: 1 is a chain; k adds the draft's k - 1 next best tokens as siblings, and k continuations of each correction.
-        total_tokens: nodes of the tree, root included; trunk and corrections enter whatever it says. -1: steps * tree_topk + 1 a round, plus the corrections.
+        total_tokens: nodes of the tree, root included; trunk and corrections enter whatever it says.
+            -1: steps * tree_topk + 1 a round, plus the corrections.
         sv_passes: rounds of drafting and shallow verification before the target pass.
     """
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ FAMILIES = ("llama", "mistral", "qwen2")
 class LayerSource(Protocol):
     """Where decoder layers come from."""
 
-    def layer(self, index: int) -> nn.Module:
+    def layer(self, index: int) -> Any:
         """The decoder layer `index`, its weights ready on the compute device until another layer is asked for."""
         ...
 
@@ -38,7 +38,7 @@ class ResidentLayers:
     def __init__(self, layers: nn.ModuleList):
         self._layers = list(layers)
 
-    def layer(self, index: int) -> nn.Module:
+    def layer(self, index: int) -> Any:
         """See `LayerSource`."""
         return self._layers[index]
 
@@ -61,7 +61,11 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         lm_head: hidden states [.., D] -> logits [.., V]; shared by every adapter.
     """
 
-    def __init__(self, causal_lm: nn.Module, config: PretrainedConfig):
+    embed_tokens: nn.Embedding
+    norm: nn.Module
+    lm_head: nn.Linear
+
+    def __init__(self, causal_lm: Any, config: PretrainedConfig):
         super().__init__()
         self.config = config
         decoder = causal_lm.model
@@ -75,12 +79,12 @@ class EarlyExitLlamaForCausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights and the arithmetic."""
-        return self.norm.weight.dtype
+        return self.lm_head.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Compute device."""
-        return self.norm.weight.device
+        return self.lm_head.weight.device
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: str = "auto", device: str | torch.device = "cpu") -> "EarlyExitLlamaForCausalLM":
@@ -124,7 +128,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         """
         if (input_ids is None) == (hidden_states is None):
             raise ValueError("give either input_ids or hidden_states")
-        hidden_BTD = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
+        hidden_BTD: torch.Tensor = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
         if positions_T is None:
             positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         rope = self.rope.rows(positions_T, hidden_BTD.dtype)
@@ -137,7 +141,15 @@ class EarlyExitLlamaForCausalLM(nn.Module):
                 hidden_BTD = self._run_parts(index, hidden_BTD, attention_mask, rope, past_key_values, skipped)
         return hidden_BTD
 
-    def _run_parts(self, index: int, hidden_BTD, attention_mask, rope, past_key_values, skipped: SkippedParts) -> torch.Tensor:
+    def _run_parts(
+        self,
+        index: int,
+        hidden_BTD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: KVCache | None,
+        skipped: SkippedParts,
+    ) -> torch.Tensor:
         """One decoder layer without the parts that `skipped` names."""
         if index in skipped.attention and index in skipped.mlp:
             return hidden_BTD
@@ -165,7 +177,8 @@ class EarlyExitLlamaForCausalLM(nn.Module):
 
     def target_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """States [.., D] leaving the last layer -> logits [.., V]: final norm, then the head."""
-        return self.lm_head(self.norm(hidden))
+        logits: torch.Tensor = self.lm_head(self.norm(hidden))
+        return logits
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for all layers with `capacity` slots."""

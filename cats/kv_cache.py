@@ -7,6 +7,7 @@ Committing a path moves its few rows to the front; nothing else is ever copied.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import Cache, PretrainedConfig
@@ -46,7 +47,9 @@ class KVCache(Cache):
         finally:
             self._slots, self._end = slice(0, 0), 0
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new entries [1, kv_heads, T, head_dim] of one layer; return all keys and values up to the current end."""
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         keys[:, :, self._slots] = key_states
@@ -65,7 +68,7 @@ class KVCache(Cache):
             self.storage[:, :, :, :, self.length : self.length + len(path)] = self.storage[:, :, :, :, rows]
         self.length += len(path)
 
-    def crop(self, length: int) -> None:  # type: ignore[override]
+    def crop(self, length: int) -> None:
         """Forget every position from `length` on."""
         self.length = min(self.length, length)
 

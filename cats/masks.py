@@ -4,9 +4,7 @@ import numpy as np
 import torch
 
 
-def tree_bias(
-    visible_QT: np.ndarray, prefix: int, dtype: torch.dtype, device: torch.device, before: int = 0
-) -> torch.Tensor | None:
+def tree_bias(visible_QT: np.ndarray, prefix: int, dtype: torch.dtype, device: torch.device, before: int = 0) -> torch.Tensor | None:
     """Bias [1, 1, before + Q, prefix + T]: every row sees the prefix as below, tree rows see the marked tree columns.
 
     Args:

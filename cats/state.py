@@ -7,7 +7,7 @@ computed twice: drafting takes nodes to exit d, shallow verification to exit s, 
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -133,7 +133,7 @@ class Cycle:
         self._adapted: dict[str, set[int]] = {name: set() for name in state.adapters}
         self._caught_up: set[str] = set()
 
-    def stage(self, name: str):
+    def stage(self, name: str) -> AbstractContextManager[None]:
         """Charge the block's seconds to "draft", "shallow", "target" or "accept"."""
         return self.watch.stage(name)
 
@@ -186,17 +186,18 @@ class Cycle:
             if parent >= 0 and self._level[parent] < stop and parent not in together:
                 raise RuntimeError(f"node {node} would run ahead of its parent {parent}, which stands at layer {self._level[parent]}")
         rows = as_index(nodes)
-        base, end = self.state.base, nodes[-1] + 1
+        base = self.state.base
         hidden = base.embed_tokens(self._ids_T[rows]) if start == 0 else self.state.rows_at(start)[rows]
         with self._computing():
-            hidden = self._pass(hidden[None], nodes, rows, end, start, stop)
+            hidden = self._pass(hidden[None], nodes, start, stop)
         self.state.rows_at(stop)[rows] = hidden[0]
         for node in nodes:
             self._level[node] = stop
         self.layer_passes += stop - start
 
-    def _pass(self, hidden_1TD, nodes, rows, end: int, start: int, stop: int, skipped: SkippedParts | None = None) -> torch.Tensor:
-        base = self.state.base
+    def _pass(self, hidden_1TD: torch.Tensor, nodes: list[int], start: int, stop: int, skipped: SkippedParts | None = None) -> torch.Tensor:
+        """Layers [start, stop) on the states of `nodes`, in their own cache slots, under the tree mask."""
+        base, rows, end = self.state.base, as_index(nodes), nodes[-1] + 1
         bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, base.dtype, base.device)
         with self.state.cache.writing(shifted(rows, self.prefix), self.prefix + end):
             return base.forward_draft_or_large_model(
@@ -222,10 +223,9 @@ class Cycle:
         self._fill_ids(len(self.tree))
         if any(self.level(node) for node in nodes):
             raise RuntimeError("a node that stands at an exit cannot be drafted again by a part of the model")
-        rows = as_index(nodes)
         base = self.state.base
         with self._computing():
-            hidden = self._pass(base.embed_tokens(self._ids_T[rows])[None], nodes, rows, nodes[-1] + 1, 0, base.layer_count, skipped)
+            hidden = self._pass(base.embed_tokens(self._ids_T[as_index(nodes)])[None], nodes, 0, base.layer_count, skipped)
             self.layer_passes += base.layer_count - len(skipped.attention & skipped.mlp)
             return base.target_logits(hidden[0])
 
@@ -250,20 +250,22 @@ class Cycle:
             done.update(new)
             if new != list(nodes):
                 hidden = hidden[[new.index(node) for node in nodes]]
-            return self.state.base.lm_head(hidden)
+            logits_TV: torch.Tensor = self.state.base.lm_head(hidden)
+            return logits_TV
 
     def _adapter_rows(self, name: str, state: AdapterState, exit_layer: int, nodes: list[int]) -> torch.Tensor:
         """Adapter outputs [T, D] for `nodes`, after the committed tokens still pending, in one batch."""
         before = len(state.pending_ND)
         rows, end = as_index(nodes), nodes[-1] + 1
-        hidden, positions, slots = self.state.rows_at(exit_layer)[rows], self._positions(nodes), shifted(rows, self.prefix)
+        hidden, positions = self.state.rows_at(exit_layer)[rows], self._positions(nodes)
+        slots = shifted(rows, self.prefix)
         if before:
             earlier = torch.arange(self.prefix - before, self.prefix, device=positions.device)
             slots = torch.cat([earlier, self.prefix + torch.tensor(nodes, device=positions.device)])
             hidden, positions = torch.cat([state.pending_ND, hidden]), torch.cat([earlier, positions])
         bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, hidden.dtype, hidden.device, before)
         with state.cache.writing(slots, self.prefix + end):
-            output = state.adapter(hidden[None], positions, bias, state.cache)[0, before:]
+            output: torch.Tensor = state.adapter(hidden[None], positions, bias, state.cache)[0, before:]
         state.cache.length, state.pending_ND = self.prefix, state.pending_ND[:0]
         self._caught_up.add(name)
         return output

@@ -25,12 +25,12 @@ class Method(ABC):
     def max_nodes(self) -> int:
         """Upper bound of tree nodes in a step, root included; caches are sized by it."""
 
-    def start(self, state: DecodeState) -> None:
+    def start(self, state: DecodeState) -> None:  # noqa: B027 - most methods remember nothing
         """A new answer begins; the prompt is in the caches. Forget everything about the last one."""
 
     @abstractmethod
     def propose(self, cycle: Cycle) -> Sequence[int]:
         """Grow `cycle.tree` below `cycle.depth_limit`; return the nodes to verify, root first, closed under parents."""
 
-    def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:
+    def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:  # noqa: B027 - nor learn
         """After verification, before the commit: the target's logits at `nodes`, the tree, the verdict."""

@@ -38,7 +38,7 @@ class EagleSelf(Method):
                 return draft_chain(cycle, "draft", 0, self.config.steps, 0.0, topk=1).nodes
             candidates = self._grow(cycle)
             chosen = best_candidates(candidates, self.config.node_budget - 1)
-            return [0] + sorted(add_candidate(cycle, candidate) for candidate in chosen)
+            return [0, *sorted(add_candidate(cycle, candidate) for candidate in chosen)]
 
     def _grow(self, cycle: Cycle) -> list[Candidate]:
         """Expand level by level; returns every candidate ever offered, parents before children."""

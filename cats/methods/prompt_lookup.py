@@ -24,9 +24,9 @@ class NgramIndex:
                 self._ends[tuple(tokens[end - size : end])] = end
         self._indexed = max(self._indexed, len(tokens) - 1)
         for size in range(min(self._longest, len(tokens)), 0, -1):
-            end = self._ends.get(tuple(tokens[-size:]))
-            if end is not None:
-                return tokens[end : end + count]
+            found = self._ends.get(tuple(tokens[-size:]))
+            if found is not None:
+                return tokens[found : found + count]
         return []
 
 
