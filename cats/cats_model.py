@@ -59,4 +59,9 @@ class MultiAdapterCATSModel(nn.Module):
                 raise CatsError(
                     f"this method needs the adapter {name!r}, and none was given; attached are {sorted(self.adapters) or 'none'}."
                 )
-        return {name: int(self.adapters[name].exit_layer or 0) for name in names}
+        exits = {name: int(self.adapters[name].exit_layer or 0) for name in names}
+        if {"draft", "shallow"} <= exits.keys() and exits["draft"] >= exits["shallow"]:
+            raise CatsError(
+                f"the draft exit {exits['draft']} is not before the shallow exit {exits['shallow']}; exchange or replace the adapters."
+            )
+        return exits

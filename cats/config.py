@@ -71,6 +71,8 @@ class CascadeConfig:
         total_tokens: nodes of the tree, root included; trunk and corrections enter whatever it says.
             -1: steps * tree_topk + 1 a round, plus the corrections.
         sv_passes: rounds of drafting and shallow verification before the target pass.
+        branch_rounds: rounds in which branches are continued by the draft; the paper's is 1, the corrections alone. Each further
+            round continues the tree_topk best branches so far, siblings among them (not in the paper).
     """
 
     steps: int = 5
@@ -78,12 +80,18 @@ class CascadeConfig:
     tree_topk: int = 1
     total_tokens: int = -1
     sv_passes: int = 1
+    branch_rounds: int = 1
     name: ClassVar[str] = "cascade"
 
     def __post_init__(self) -> None:
         check_drafting(self.steps, self.threshold)
         check_tree(self.tree_topk, self.total_tokens)
         require(self.sv_passes >= 1, f"sv-passes is {self.sv_passes}; it must be at least 1.")
+        require(self.branch_rounds >= 1, f"branch-rounds is {self.branch_rounds}; it must be at least 1.")
+        require(
+            self.tree_topk > 1 or self.branch_rounds == 1,
+            f"branch-rounds {self.branch_rounds} has no branches to continue in a chain; use tree-topk above 1.",
+        )
         require(
             self.tree_topk > 1 or self.total_tokens == -1,
             f"total-tokens {self.total_tokens} has nothing to choose from in a chain; use tree-topk above 1, or total-tokens -1.",

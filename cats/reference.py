@@ -84,15 +84,19 @@ def propose(exits: Exits, text: list[int], config: CascadeConfig, depth_limit: i
             start = choice if start is None else start
         rounds += 1
     automatic = rounds * config.steps * config.tree_topk + 1 + len(corrections)
-    room = (automatic if config.total_tokens == -1 else config.total_tokens) - len(tree)
-    for path in corrections:
-        if len(path) < depth_limit and not any(other[:-1] == path for other in tree):
-            best = exits.draft([*text, *path]).topk(config.tree_topk)
-            for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                offered[*path, token] = (scores[path] + value, "continuation")
-    fresh = {path: offer for path, offer in offered.items() if path not in tree}
-    for path in sorted(fresh, key=lambda path: -fresh[path][0])[: max(0, room)]:
-        tree[path] = fresh[path][1]
+    total = automatic if config.total_tokens == -1 else config.total_tokens
+    continued = [path for path in corrections if not any(other[:-1] == path for other in tree if other)]
+    for branch_round in range(config.branch_rounds if total > len(tree) else 0):
+        for path in continued:
+            if len(path) < depth_limit:
+                best = exits.draft([*text, *path]).topk(config.tree_topk)
+                for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                    offered[*path, token] = (scores[path] + value, "continuation")
+        fresh = sorted((path for path in offered if path not in tree), key=lambda path: -offered[path][0])
+        last = branch_round == config.branch_rounds - 1
+        continued = fresh[: max(0, total - len(tree)) if last else min(total - len(tree), config.tree_topk)]
+        for path in continued:
+            scores[path], tree[path] = offered[path]
     return tree
 
 

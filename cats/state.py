@@ -188,27 +188,27 @@ class Cycle:
         rows = as_index(nodes)
         base = self.state.base
         hidden = base.embed_tokens(self._ids_T[rows]) if start == 0 else self.state.rows_at(start)[rows]
-        with self._computing():
-            hidden = self._pass(hidden[None], nodes, start, stop)
-        self.state.rows_at(stop)[rows] = hidden[0]
+        self.state.rows_at(stop)[rows] = self._pass(hidden, nodes, start, stop)
         for node in nodes:
             self._level[node] = stop
         self.layer_passes += stop - start
 
-    def _pass(self, hidden_1TD: torch.Tensor, nodes: list[int], start: int, stop: int, skipped: SkippedParts | None = None) -> torch.Tensor:
+    def _pass(self, hidden_TD: torch.Tensor, nodes: list[int], start: int, stop: int, skipped: SkippedParts | None = None) -> torch.Tensor:
         """Layers [start, stop) on the states of `nodes`, in their own cache slots, under the tree mask."""
         base, rows, end = self.state.base, as_index(nodes), nodes[-1] + 1
         bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, base.dtype, base.device)
-        with self.state.cache.writing(shifted(rows, self.prefix), self.prefix + end):
-            return base.forward_draft_or_large_model(
-                hidden_states=hidden_1TD,
+        positions = self._positions(nodes)
+        with self.state.cache.writing(shifted(rows, self.prefix), self.prefix + end), self._computing():
+            hidden_1TD = base.forward_draft_or_large_model(
+                hidden_states=hidden_TD[None],
                 start_layer=start,
                 end_layer=stop,
                 past_key_values=self.state.cache,
                 attention_mask=bias,
-                positions_T=self._positions(nodes),
+                positions_T=positions,
                 skipped=skipped,
             )
+        return hidden_1TD[0]
 
     def _positions(self, nodes: Sequence[int]) -> torch.Tensor:
         depths = [self.prefix + self.tree.depths[node] for node in nodes]
@@ -224,17 +224,18 @@ class Cycle:
         if any(self.level(node) for node in nodes):
             raise RuntimeError("a node that stands at an exit cannot be drafted again by a part of the model")
         base = self.state.base
+        hidden_TD = self._pass(base.embed_tokens(self._ids_T[as_index(nodes)]), nodes, 0, base.layer_count, skipped)
+        self.layer_passes += base.layer_count - len(skipped.attention & skipped.mlp)
         with self._computing():
-            hidden = self._pass(base.embed_tokens(self._ids_T[as_index(nodes)])[None], nodes, 0, base.layer_count, skipped)
-            self.layer_passes += base.layer_count - len(skipped.attention & skipped.mlp)
-            return base.target_logits(hidden[0])
+            return base.target_logits(hidden_TD)
 
     def target_logits(self, nodes: Sequence[int]) -> torch.Tensor:
         """Take `nodes` through the last layer; the target's logits [T, V] at each, in the order given."""
         base = self.state.base
         self.advance(nodes, base.layer_count)
+        hidden_TD = self.state.rows_at(base.layer_count)[as_index(nodes)]
         with self._computing():
-            return base.target_logits(self.state.rows_at(base.layer_count)[as_index(nodes)])
+            return base.target_logits(hidden_TD)
 
     def adapter_logits(self, name: str, nodes: Sequence[int]) -> torch.Tensor:
         """The adapter's logits [T, V] at nodes that stand at its exit or deeper; ancestors it has not read come along."""
@@ -245,13 +246,13 @@ class Cycle:
             raise RuntimeError(f"the adapter {name!r} has read some of the nodes {list(nodes)} already; keep its logits instead")
         if any(self.level(node) < exit_layer for node in new):
             raise RuntimeError(f"some of the nodes {new} have not reached exit {exit_layer} of the adapter {name!r}")
+        hidden_TD = self._adapter_rows(name, state, exit_layer, new)
+        done.update(new)
+        if new != list(nodes):
+            hidden_TD = hidden_TD[[new.index(node) for node in nodes]]
         with self._computing():
-            hidden = self._adapter_rows(name, state, exit_layer, new)
-            done.update(new)
-            if new != list(nodes):
-                hidden = hidden[[new.index(node) for node in nodes]]
-            logits_TV: torch.Tensor = self.state.base.lm_head(hidden)
-            return logits_TV
+            logits_TV: torch.Tensor = self.state.base.lm_head(hidden_TD)
+        return logits_TV
 
     def _adapter_rows(self, name: str, state: AdapterState, exit_layer: int, nodes: list[int]) -> torch.Tensor:
         """Adapter outputs [T, D] for `nodes`, after the committed tokens still pending, in one batch."""
@@ -264,7 +265,7 @@ class Cycle:
             slots = torch.cat([earlier, self.prefix + torch.tensor(nodes, device=positions.device)])
             hidden, positions = torch.cat([state.pending_ND, hidden]), torch.cat([earlier, positions])
         bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, hidden.dtype, hidden.device, before)
-        with state.cache.writing(slots, self.prefix + end):
+        with state.cache.writing(slots, self.prefix + end), self._computing():
             output: torch.Tensor = state.adapter(hidden[None], positions, bias, state.cache)[0, before:]
         state.cache.length, state.pending_ND = self.prefix, state.pending_ND[:0]
         self._caught_up.add(name)

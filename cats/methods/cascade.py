@@ -22,7 +22,7 @@ from cats.config import CascadeConfig
 from cats.methods.base import Method
 from cats.methods.chain import Chain, draft_chain
 from cats.state import Cycle
-from cats.tree import best_candidates
+from cats.tree import TokenTree
 
 
 @dataclass(frozen=True)
@@ -111,28 +111,47 @@ class Cascade(Method):
     def _branch(self, cycle: Cycle, rounds: list[tuple[Chain, Checked]], corrections: list[int]) -> None:
         """Let siblings and continuations compete by cumulative log-probability for the room that is left."""
         tree = cycle.tree
-        offered = [
-            (tree.scores[node] + score, node, token, "sibling")
-            for chain, checked in rounds
-            for node, tokens, scores in zip(chain.nodes, chain.top_tokens, checked.draft_scores, strict=False)
-            for token, score in zip(tokens, scores, strict=True)
-        ]
-        offered += self._continuations(cycle, corrections)
-        kinds = {(parent, token): kind for _, parent, token, kind in offered if tree.child(parent, token) is None}
-        fresh = [(score, parent, token) for score, parent, token, _ in offered if (parent, token) in kinds]
-        for score, parent, token in best_candidates(fresh, self._room(cycle, corrections, len(rounds))):
-            tree.add(parent, token, kinds[parent, token], score - tree.scores[parent])
+        offers = Offers(tree)
+        for chain, checked in rounds:
+            for node, tokens, scores in zip(chain.nodes, chain.top_tokens, checked.draft_scores, strict=False):
+                offers.add(node, tokens, scores, "sibling")
+        continued = [node for node in corrections if not tree.children(node)]
+        for branch_round in range(self.config.branch_rounds):
+            self._continue(cycle, continued, offers)
+            room = self._room(cycle, corrections, len(rounds))
+            last = branch_round == self.config.branch_rounds - 1
+            continued = offers.take(room if last else min(room, self.config.tree_topk))
 
-    def _continuations(self, cycle: Cycle, corrections: list[int]) -> list[tuple[float, int, int, str]]:
-        """The draft's top-k after each correction that no further round has drafted from."""
-        tree = cycle.tree
-        open_ones = [node for node in corrections if not tree.children(node) and tree.depths[node] < cycle.depth_limit]
-        if not open_ones:
-            return []
-        cycle.advance(range(len(tree)), cycle.state.exits["draft"])
-        best = torch.log_softmax(cycle.adapter_logits("draft", open_ones).float(), dim=-1).topk(self.config.tree_topk, dim=-1)
+    def _continue(self, cycle: Cycle, nodes: list[int], offers: "Offers") -> None:
+        """Offer the draft's top-k after each of `nodes`."""
+        nodes = [node for node in nodes if cycle.tree.depths[node] < cycle.depth_limit]
+        if not nodes:
+            return
+        cycle.advance(range(len(cycle.tree)), cycle.state.exits["draft"])
+        best = torch.log_softmax(cycle.adapter_logits("draft", nodes).float(), dim=-1).topk(self.config.tree_topk, dim=-1)
+        for node, tokens, scores in zip(nodes, best.indices.tolist(), best.values.tolist(), strict=True):
+            offers.add(node, tokens, scores, "continuation")
+
+
+class Offers:
+    """Candidates for the room that is left, and which of them became nodes."""
+
+    def __init__(self, tree: TokenTree):
+        self._tree = tree
+        self._kinds: dict[tuple[int, int], str] = {}
+        self._open: list[tuple[float, int, int]] = []
+
+    def add(self, parent: int, tokens: list[int], scores: list[float], kind: str) -> None:
+        """Offer children of `parent` that it has not yet, with their log-probabilities after it."""
+        for token, score in zip(tokens, scores, strict=True):
+            if self._tree.child(parent, token) is None and (parent, token) not in self._kinds:
+                self._kinds[parent, token] = kind
+                self._open.append((self._tree.scores[parent] + score, parent, token))
+
+    def take(self, count: int) -> list[int]:
+        """Make the `count` best open offers nodes; returns these."""
+        self._open.sort(key=lambda offer: -offer[0])
+        chosen, self._open = self._open[:count], self._open[count:]
         return [
-            (tree.scores[node] + value, node, token, "continuation")
-            for node, tokens, values in zip(open_ones, best.indices.tolist(), best.values.tolist(), strict=True)
-            for token, value in zip(tokens, values, strict=True)
+            self._tree.add(parent, token, self._kinds[parent, token], score - self._tree.scores[parent]) for score, parent, token in chosen
         ]
