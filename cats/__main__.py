@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import cats
 from cats.config import require
 from cats.errors import exit_with_sentence
-from cats.methods import flag_of, method_config, settings_of
+from cats.methods import every_setting, flag_of, method_config, settings_of
 from cats.trace import StepTrace
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "tiny"
@@ -28,8 +28,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}-adapter-path", type=Path, help=f"(default for the embedded model: adapters/{directory})")
         parser.add_argument(f"--{name}-layer", type=int, help="exit layer (default: what the adapter's config.json says)")
     parser.add_argument("--method", choices=sorted(cats.METHODS), default="cascade")
-    for name, kind in {name: kind for method in cats.METHODS for name, kind in settings_of(method).items()}.items():
-        parser.add_argument(flag_of(name), type=kind, help=f"of {', '.join(m for m in cats.METHODS if name in settings_of(m))}")
+    for name, kind in every_setting().items():
+        users = [method for method, (_, config_class) in cats.METHODS.items() if name in settings_of(config_class)]
+        parser.add_argument(flag_of(name), type=kind, help=f"of {', '.join(users)}")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -82,8 +83,7 @@ class LiveText:
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    names = {name for method in cats.METHODS for name in settings_of(method)}
-    config = method_config(arguments.method, {name: getattr(arguments, name) for name in names})
+    config = method_config(arguments.method, {name: getattr(arguments, name) for name in every_setting()})
     method = cats.build_method(config)
     model = cats.load(arguments.model_path, adapters_of(arguments, method.adapters), arguments.dtype, arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)

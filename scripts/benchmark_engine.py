@@ -101,7 +101,8 @@ def overheads(subject: Subject, repeats: int) -> dict[str, Any]:
         for name, method in METHODS.items():
             answers[name] += subject.ours(method)
     plain = seconds_per_token(answers["plain"])
-    return {name: method_figures(generations) | {"speed_up": plain / seconds_per_token(generations)} for name, generations in answers.items()}
+    speed_ups = {name: plain / seconds_per_token(generations) for name, generations in answers.items()}
+    return {name: method_figures(generations) | {"speed_up": speed_ups[name]} for name, generations in answers.items()}
 
 
 def seconds_per_token(generations: Sequence[cats.Generation]) -> float:
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s; the embedded model gains nothing from more)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="print where the time of each method goes, and stop")
     parser.add_argument("--output", type=Path, help="write the result here")
     arguments = parser.parse_args(argv)

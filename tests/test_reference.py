@@ -1,5 +1,6 @@
 """The fast engine against the slow oracle: the same trees in every cycle, the same tokens, for chains, trees and rounds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ class RecordingCascade(Cascade):
         super().__init__(config)
         self.trees: list[reference.Tree] = []
 
-    def propose(self, cycle: Cycle):
+    def propose(self, cycle: Cycle) -> Sequence[int]:
         nodes = super().propose(cycle)
         self.trees.append({tuple(cycle.tree.path_tokens(node)): cycle.tree.kinds[node] for node in nodes})
         return nodes

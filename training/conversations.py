@@ -125,12 +125,16 @@ def fastchat_renderer(template: str) -> Renderer:
     return lambda conversation: _with_spans(conversation, prompt)
 
 
-def jinja_renderer(apply_chat_template: Callable[..., str]) -> Renderer:
-    """Renderer of a tokenizer's own chat template (pass the bound `tokenizer.apply_chat_template`)."""
+def jinja_renderer(apply_template: Callable[[list[dict[str, str]], bool], str]) -> Renderer:
+    """Renderer of a tokenizer's own chat template.
+
+    Args:
+        apply_template: messages (`role`, `content`) and whether to ask for the next answer -> text.
+    """
 
     def prompt(turns: tuple[Turn, ...], ask: bool) -> str:
         messages = [{"role": ("user", "assistant")[turn.role], "content": turn.text} for turn in turns]
-        return apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        return apply_template(messages, ask)
 
     return lambda conversation: _with_spans(conversation, prompt)
 

@@ -6,6 +6,7 @@ float32; this one stays in the parameters' precision and iterates all matrices o
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -31,7 +32,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the gradients that are there. `closure` is accepted for the interface and must be None."""
+        assert closure is None
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:
@@ -40,7 +43,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), parameters in by_shape.items():
                 self._update(parameters, group, max(1.0, rows / columns) ** 0.5)
 
-    def _update(self, parameters: list[torch.nn.Parameter], group: dict, scale: float) -> None:
+    def _update(self, parameters: list[torch.nn.Parameter], group: dict[str, Any], scale: float) -> None:
         directions = []
         for parameter in parameters:
             assert parameter.grad is not None

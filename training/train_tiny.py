@@ -16,8 +16,11 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cats.errors import CatsError, exit_with_sentence
+from cats.files import write_atomically
 from training.conversations import read_sharegpt, render
 from training.muon import Muon
 
@@ -94,19 +98,19 @@ def train_tokenizer(texts: list[str], vocab: int, context: int) -> PreTrainedTok
 def encode_corpus(tokenizer: PreTrainedTokenizerFast, texts: list[str], path: Path) -> np.ndarray:
     """All texts as one stream of uint16 ids, each starting with `<s>`; kept at `path` for the next run."""
     if not path.exists():
-        pieces = []
+        pieces: list[np.ndarray] = []
         for start in tqdm(range(0, len(texts), 2000), desc="tokenize", unit="batch"):
             batch = tokenizer.backend_tokenizer.encode_batch(texts[start : start + 2000])
             pieces.extend(np.asarray(encoding.ids, dtype=np.uint16) for encoding in batch)
-        write_atomically(path, lambda part: np.save(part.open("wb"), np.concatenate(pieces)))
-    return np.load(path, mmap_mode="r")
+        write_atomically(path, partial(save_array, np.concatenate(pieces)))
+    stream: np.ndarray = np.load(path, mmap_mode="r")
+    return stream
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call `write` on a sibling temporary path, then rename it to `path`."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+def save_array(array: np.ndarray, path: Path) -> None:
+    """Write an array under exactly this name (numpy would append .npy)."""
+    with path.open("wb") as file:
+        np.save(file, array)
 
 
 def build_model(run: TinyRun) -> LlamaForCausalLM:
@@ -185,6 +189,7 @@ class Trainer:
             self.load()
 
     def load(self) -> None:
+        """Continue from `checkpoint.pt`."""
         state = torch.load(self.path, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -192,6 +197,7 @@ class Trainer:
         self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
 
     def save(self) -> None:
+        """Write everything the next step depends on, atomically."""
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -207,6 +213,7 @@ class Trainer:
         return min(1.0, max(self.seen / self.run.tokens, self.seconds / 3600 / self.run.hours))
 
     def train(self) -> None:
+        """Train to the end of the run; checkpoints every three minutes."""
         run, forward = self.run, torch.compile(mean_nll) if self.run.compile else mean_nll
         bar = tqdm(total=run.tokens, initial=self.seen, unit="tok", unit_scale=True, mininterval=10)
         average, saved_at = None, time.monotonic()
@@ -229,6 +236,7 @@ class Trainer:
         self.save()
 
     def update(self) -> None:
+        """Clip, then step both optimizers at the current learning rate; gradients that are not finite are dropped."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         scale = lr_scale(self.progress, self.step, self.run.decay_share)
         for optimizer, peak in zip(self.optimizers, (self.run.muon_lr, self.run.adam_lr), strict=True):
@@ -242,7 +250,7 @@ class Trainer:
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, heldout: list[str], out: Path) -> None:
     """Write the bf16 checkpoint, the tokenizer and PROVENANCE.json to `out`."""
     run, model = trainer.run, trainer.model
-    stored = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    stored: Any = LlamaForCausalLM(model.config).to(dtype=torch.bfloat16)
     stored.load_state_dict(model.state_dict())
     bits = heldout_bits_per_byte(stored.float(), tokenizer, heldout, run.context)
     stored.to(torch.bfloat16).save_pretrained(out)
@@ -258,7 +266,7 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, heldout: list[s
         "hours": round(trainer.seconds / 3600, 3),
         "machine": f"{os.cpu_count()} x {platform.machine()} CPU cores, torch {torch.__version__}, float32",
         "heldout_bits_per_byte": round(bits, 4),
-        "heldout_rule": "bits of all tokens of the rendered conversations, first 2048 tokens of each, over their UTF-8 bytes; bf16 weights, float32 arithmetic",
+        "heldout_rule": "bits of all tokens of the rendered conversations, cut at the context, over their UTF-8 bytes; weights in bf16",
         "heldout_conversations": len(heldout),
         "run": {**asdict(run), "corpus": Path(run.corpus).name, "heldout": Path(run.heldout).name, "work_dir": ""},
         "sha256": hashes,
@@ -271,7 +279,8 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="training conversations, ShareGPT .json or .json.gz")
     parser.add_argument("--heldout", required=True, help="held-out conversations in the same format")
@@ -296,12 +305,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--export-only", action="store_true", help="write the newest checkpoint to --out and stop")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_with_sentence
-def main() -> None:
-    arguments = vars(parse_arguments())
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tokenizer, corpus, training, export; each part is taken up where an earlier run left it."""
+    arguments = vars(parse_arguments(argv))
     out, export_only = Path(arguments.pop("out")), arguments.pop("export_only")
     run = TinyRun(**arguments)
     torch.set_num_threads(run.threads)

@@ -26,9 +26,14 @@ def build_method(config: MethodConfig) -> Method:
     return METHODS[config.name][0](config)  # type: ignore[call-arg]
 
 
-def settings_of(method: str) -> dict[str, type]:
+def settings_of(config_class: type[MethodConfig]) -> dict[str, type]:
     """Names and types of a method's settings, in the order of its configuration."""
-    return {field.name: field.type for field in dataclasses.fields(METHODS[method][1]) if isinstance(field.type, type)}
+    return {field.name: field.type for field in dataclasses.fields(config_class) if isinstance(field.type, type)}
+
+
+def every_setting() -> dict[str, type]:
+    """Names and types of all methods' settings."""
+    return {name: kind for _, config_class in METHODS.values() for name, kind in settings_of(config_class).items()}
 
 
 def flag_of(setting: str) -> str:
@@ -38,12 +43,13 @@ def flag_of(setting: str) -> str:
 
 def method_config(method: str, given: Mapping[str, int | float | None]) -> MethodConfig:
     """The configuration of `method` with the settings that are given and not None; one that the method lacks raises `CatsError`."""
-    own = settings_of(method)
+    config_class = METHODS[method][1]
+    own = settings_of(config_class)
     settings = {name: value for name, value in given.items() if value is not None}
     for name in settings:
         if name not in own:
             known = ", ".join(flag_of(setting) for setting in own) or "no settings at all"
             raise CatsError(
-                f"{flag_of(name)} does nothing for the method {method}, which has {known}; leave it out or choose another method."
+                f"{flag_of(name)} does nothing for the method {method}, which has {known}; leave it out or choose another --method."
             )
-    return METHODS[method][1](**settings)  # type: ignore[arg-type]
+    return config_class(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,241 @@
+"""Is greedy output the model's own? Compares methods, token by token, with transformers' `generate(do_sample=False)`.
+
+    python -m evaluation.correctness --model-path M --draft-adapter-path D --shallow-adapter-path S --all-methods \
+        --prompts heldout.json.gz --limit 200 --max-new-tokens 1 2 7 64 300 --dtype float32 --output correctness.json
+
+Per prompt, transformers generates once, at the longest length; the answer at a shorter length is a prefix of it, which is
+what greedy decoding means. Exit status 1 when anything differs. In half precision near ties may flip between one row and
+several rows in a pass, so the comparison is offered in float32 and float64 only.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig as TransformersConfig
+
+from cats import CatsError, GenerationConfig, MethodConfig
+from cats.checkpoint import parse_dtype
+from cats.errors import exit_with_sentence
+from evaluation.chat import Chat
+from evaluation.options import Adapters, adapters_for, add_model_flags
+from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
+from evaluation.processes import Processes, choose_device, own_share, start_processes
+from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
+from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
+from evaluation.subject import Subject, load_chat, load_subject, weights_fingerprint
+from evaluation.timing import environment
+from training.conversations import read_sharegpt
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token at which two answers part; a token is None where that answer has ended."""
+
+    position: int
+    expected: int | None
+    found: int | None
+
+
+def first_difference(expected: Sequence[int], found: Sequence[int]) -> Difference | None:
+    """Where `found` leaves `expected`, None where they are equal."""
+    for position in range(max(len(expected), len(found))):
+        wanted = expected[position] if position < len(expected) else None
+        got = found[position] if position < len(found) else None
+        if wanted != got:
+            return Difference(position, wanted, got)
+    return None
+
+
+class Reference:
+    """The same checkpoint as plain transformers runs it."""
+
+    def __init__(self, model_path: str, dtype: str, device: torch.device, eos_token_ids: Sequence[int]):
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=parse_dtype(dtype))
+        self.model = loaded.to(device).eval()  # type: ignore[arg-type]
+        self.ends = {"eos_token_id": list(eos_token_ids) or None, "pad_token_id": 0}
+        # The checkpoint's own generation settings (penalties, a length) must not mix in.
+        self.model.generation_config = TransformersConfig(**self.ends)
+
+    def greedy(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """transformers' own greedy answer, new tokens only."""
+        settings = TransformersConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **self.ends)
+        prompt = torch.tensor([list(prompt_ids)], device=self.model.device)
+        answer = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+        return [int(token) for token in answer[0, len(prompt_ids) :]]
+
+    @torch.no_grad()
+    def gap(self, ids: Sequence[int]) -> float:
+        """How far the best logit after `ids` is above the second best."""
+        logits_V = self.model(torch.tensor([list(ids)], device=self.model.device)).logits[0, -1]
+        best, second = logits_V.topk(2).values.tolist()
+        return float(best - second)
+
+
+def compare_prompt(
+    subject: Subject, reference: Reference, prompt_ids: list[int], methods: dict[str, MethodConfig], lengths: Sequence[int]
+) -> Record:
+    """Every method at every length on one prompt: how many comparisons, and each one that differs."""
+    room = subject.model.base.context - len(prompt_ids)
+    if room < 1:
+        return {"comparisons": 0, "skipped": True, "differences": []}
+    longest = reference.greedy(prompt_ids, min(max(lengths), room))
+    differences: list[dict[str, Any]] = []
+    for label, method in methods.items():
+        for length in lengths:
+            config = GenerationConfig(max_new_tokens=length, eos_token_ids=subject.eos_token_ids)
+            found = subject.answer(prompt_ids, method, config).ids
+            differing = first_difference(longest[:length], found)
+            if differing is not None:
+                gap = reference.gap([*prompt_ids, *longest[: differing.position]])
+                differences.append({"method": label, "max_new_tokens": length, **dataclasses.asdict(differing), "logit_gap": gap})
+    return {"comparisons": len(methods) * len(lengths), "skipped": False, "differences": differences}
+
+
+def read_prompts(prompts: str) -> list[Question]:
+    """Questions of a bench, of a question file (.jsonl), or the opening turns of a ShareGPT file (.json, .json.gz)."""
+    if prompts in BENCHES or prompts in ALIASES:
+        return read_questions(resolve_bench(prompts).path)
+    if prompts.endswith(".jsonl"):
+        return read_questions(prompts)
+    return [Question(place, "", (talk.turns[0].text,)) for place, talk in enumerate(read_sharegpt(prompts))]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.correctness", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_model_flags(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--methods", nargs="+", metavar="METHOD", help=PRESET_HELP)
+    which.add_argument("--all-methods", action="store_true", help="every name")
+    parser.add_argument("--prompts", required=True, help="a bench name, a question file (.jsonl) or a ShareGPT file (.json, .json.gz)")
+    parser.add_argument("--max-new-tokens", type=int, nargs="+", default=[64], help="lengths to compare at (default: 64)")
+    parser.add_argument("--limit", type=int, help="compare the first so many prompts (default: all)")
+    parser.add_argument("--output", type=Path, help="result file (.json); the comparison can then be interrupted and taken up again")
+    parser.set_defaults(dtype="float32")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison that was checked as far as it can be without the model's weights."""
+
+    args: argparse.Namespace
+    methods: dict[str, MethodConfig]
+    adapters: Adapters
+    prompts: list[Question]
+    chat: Chat
+    records: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides an outcome; a resumed comparison must have the same."""
+        return {
+            "model": weights_fingerprint(self.args.model_path),
+            "adapters": {name: weights_fingerprint(path) for name, (path, _) in self.adapters.items()},
+            "methods": {label: {"name": method.name, **dataclasses.asdict(method)} for label, method in self.methods.items()},
+            "max_new_tokens": self.args.max_new_tokens,
+            "prompts": Path(self.args.prompts).name,
+            "dtype": self.args.dtype,
+            "template": self.chat.template,
+            "seed": None,
+        }
+
+    @property
+    def settings_file(self) -> Path:
+        """Beside the records."""
+        return self.records.with_suffix(".settings.json")
+
+
+def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
+    """Check everything that needs no weights; the first fault raises `CatsError`. Records go to `folder` where no output is asked for."""
+    methods = dict(PRESETS) if args.all_methods else parse_presets(args.methods)
+    if args.dtype not in ("float32", "float64"):
+        raise CatsError(f"--dtype {args.dtype} lets near ties flip with the number of rows in a pass; compare in float32 or float64.")
+    for length in args.max_new_tokens:
+        GenerationConfig(max_new_tokens=length)
+    adapters = adapters_for(list(methods.values()), args)
+    prompts = select_questions(read_prompts(args.prompts), 0, args.limit)
+    records = (args.output or folder / "correctness.json").with_suffix(".records.jsonl")
+    comparison = Comparison(args, methods, adapters, prompts, load_chat(args.model_path, args.template), records)
+    check_settings(comparison.settings_file, comparison.settings, records)
+    return comparison
+
+
+def compare_all(comparison: Comparison, processes: Processes, device: torch.device) -> None:
+    """One record per prompt that has none yet, shared among the processes."""
+    args, chat = comparison.args, comparison.chat
+    subject = load_subject(args.model_path, comparison.adapters, chat, args.dtype, device)
+    reference = Reference(args.model_path, args.dtype, device, subject.eos_token_ids)
+    done = {record["question_id"] for record in read_records(comparison.records)}
+    waiting = [prompt for prompt in comparison.prompts if prompt.question_id not in done]
+    processes.wait_for_everyone()
+    if processes.is_main_process and not done:
+        write_json(comparison.settings_file, {"settings": comparison.settings})
+    for prompt in tqdm(own_share(waiting, processes), desc="prompts", unit="prompt", disable=not processes.is_main_process):
+        prompt_ids = chat.prompt_ids(prompt.turns[:1], ())
+        outcome = compare_prompt(subject, reference, prompt_ids, comparison.methods, args.max_new_tokens)
+        append_record(comparison.records, {"question_id": prompt.question_id, **outcome})
+    processes.wait_for_everyone()
+
+
+def result_of(comparison: Comparison) -> dict[str, Any]:
+    """All records of the chosen prompts put together."""
+    chosen = {prompt.question_id for prompt in comparison.prompts}
+    records = [record for record in read_records(comparison.records) if record["question_id"] in chosen]
+    differences = [{"question_id": record["question_id"], **found} for record in records for found in record["differences"]]
+    return {
+        "prompts": len(records),
+        "skipped_prompts": sum(record["skipped"] for record in records),
+        "comparisons": sum(record["comparisons"] for record in records),
+        "differences": len(differences),
+        "first_differences": differences,
+        "settings": comparison.settings,
+        "environment": environment(),
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The outcome in words."""
+    text = f"{result['comparisons']} comparisons on {result['prompts']} prompts ({result['skipped_prompts']} fill the context): "
+    text += f"{result['differences']} differ from transformers' greedy answer\n"
+    for found in result["first_differences"][:10]:
+        text += (
+            f"  prompt {found['question_id']}, {found['method']}, {found['max_new_tokens']} tokens: position {found['position']}, "
+            f"expected {found['expected']}, found {found['found']}, logit gap {found['logit_gap']:.3g}\n"
+        )
+    return text
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check, compare, report; exit status 1 when anything differs."""
+    args = parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = make_comparison(args, Path(folder))
+        processes, device = start_processes(choose_device(args.device))
+        if processes.num_processes > 1 and args.output is None:
+            raise CatsError("several processes meet in the result file; give --output.")
+        compare_all(comparison, processes, device)
+        if not processes.is_main_process:
+            return
+        result = result_of(comparison)
+        if not result["comparisons"]:
+            raise CatsError(f"every prompt of {args.prompts} fills the model's context, so nothing was compared; give shorter prompts.")
+        if args.output is not None:
+            write_json(args.output, result)
+    sys.stdout.write(report(result))
+    if result["differences"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

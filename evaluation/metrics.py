@@ -1,0 +1,196 @@
+"""Averages and ratios over answer records: one definition for every method. Pure functions of dictionaries; no torch, no files.
+
+A record is a line of an answer file (see eval.py). Records with the key `failed` are left out of everything but the count
+of failures. A quantity whose denominator is zero is None, never 0.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+STAGES = ("draft", "shallow", "target", "accept", "total", "compute")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the cost formulas need to know of a run.
+
+    Attributes:
+        layers: decoder layers L.
+        draft_exit: layers d that a drafting pass runs; 0 for methods that draft without the model.
+        draft_passes: drafting passes n in a full cycle.
+        bytes_per_layer: weights of one decoder layer in the run's dtype.
+    """
+
+    layers: int
+    draft_exit: int
+    draft_passes: int
+    bytes_per_layer: int
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """Quotient, None over zero."""
+    return numerator / denominator if denominator else None
+
+
+def answered(records: Iterable[Record]) -> list[Record]:
+    """Records of questions that did not fail."""
+    return [record for record in records if "failed" not in record]
+
+
+def steps_of_turns(records: Iterable[Record]) -> Iterator[Mapping[str, Any]]:
+    """The step lists of every turn of every answered question."""
+    for record in answered(records):
+        yield from record["choices"][0]["steps"]
+
+
+def turn_values(records: Iterable[Record], name: str) -> list[Any]:
+    """A per-turn value (`new_tokens`, `wall_time`, `finish`, `ids`) of every turn of every answered question."""
+    return [value for record in answered(records) for value in record["choices"][0][name]]
+
+
+def per_step(records: Iterable[Record], name: str) -> list[int]:
+    """A per-step list (`committed`, `accepted`, `layer_passes`, ...) over all turns; prefill steps are not among them."""
+    return [value for steps in steps_of_turns(records) for value in steps[name] if value is not None]
+
+
+def accepted_length(records: Iterable[Record]) -> float | None:
+    """Tokens committed per target pass, the target's own next token included, prefill excluded: plain decoding has exactly 1."""
+    committed = per_step(records, "committed")
+    return ratio(sum(committed), len(committed))
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Arithmetic mean, None of nothing."""
+    return ratio(sum(values), len(values))
+
+
+def confusion(records: Iterable[Record]) -> dict[str, float | None]:
+    """The shallow verifier's verdicts against the target's, summed, with precision, recall and F1; positive means accepted."""
+    total: Counter[str] = Counter()
+    for steps in steps_of_turns(records):
+        total.update(steps["confusion"] or {})
+    tp, fp, fn, tn = (total[name] for name in ("tp", "fp", "fn", "tn"))
+    return {
+        "TP": tp,
+        "TN": tn,
+        "FP": fp,
+        "FN": fn,
+        "precision": ratio(tp, tp + fp),
+        "recall": ratio(tp, tp + fn),
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
+    }
+
+
+def tokens_per_second(records: Iterable[Record]) -> float | None:
+    """New tokens by wall-clock seconds of generation, prefill included, over all turns."""
+    records = list(records)
+    return ratio(sum(turn_values(records, "new_tokens")), sum(turn_values(records, "wall_time")))
+
+
+def both_answered(records: Iterable[Record], baseline: Iterable[Record]) -> tuple[list[Record], list[Record]]:
+    """Records of the questions that both runs answered, in the same order."""
+    plain = {record["question_id"]: record for record in answered(baseline)}
+    kept = [record for record in answered(records) if record["question_id"] in plain]
+    return kept, [plain[record["question_id"]] for record in kept]
+
+
+def speed_up(records: Iterable[Record], baseline: Iterable[Record]) -> float | None:
+    """Tokens per second over the baseline's, on the questions that both answered."""
+    kept, plain = both_answered(records, baseline)
+    fast, slow = tokens_per_second(kept), tokens_per_second(plain)
+    return None if fast is None or not slow else fast / slow
+
+
+def identical_answers(records: Iterable[Record], baseline: Iterable[Record]) -> int:
+    """Questions whose answers equal the baseline's token for token in every turn."""
+    kept, plain = both_answered(records, baseline)
+    return sum(mine["choices"][0]["ids"] == theirs["choices"][0]["ids"] for mine, theirs in zip(kept, plain, strict=True))
+
+
+def layer_passes_per_token(records: Iterable[Record]) -> float | None:
+    """Decoder layer executions, counted, by committed tokens; prefill excluded."""
+    records = list(records)
+    return ratio(sum(per_step(records, "layer_passes")), sum(per_step(records, "committed")))
+
+
+def formula_layer_passes(shape: ModelShape) -> int:
+    """Layer passes of one full cycle, n*d + (L - d), without what corrections cost."""
+    return shape.draft_passes * shape.draft_exit + (shape.layers - shape.draft_exit)
+
+
+def paper_bytes_per_token(shape: ModelShape, length: float | None) -> float | None:
+    """The paper's bytes per token, ((n - 1)*d + L) layers by the accepted length (its table 5, to four digits).
+
+    It charges every drafting pass as if its layers were read again, and leaves lm_head and adapters out.
+    """
+    passes = max(shape.draft_passes - 1, 0) * shape.draft_exit + shape.layers
+    return None if not length else passes * shape.bytes_per_layer / length
+
+
+def repeated_ngrams(ids: Sequence[int], size: int = 4) -> tuple[int, int]:
+    """How many n-grams of one answer occurred earlier in it, and how many it has."""
+    ngrams = [tuple(ids[start : start + size]) for start in range(len(ids) - size + 1)]
+    return len(ngrams) - len(set(ngrams)), len(ngrams)
+
+
+def repeated_ngram_share(answers: Iterable[Sequence[int]], size: int = 4) -> float | None:
+    """Repeated n-grams of all answers by all n-grams: loops inflate acceptance, so this stands beside every accepted length."""
+    counts = [repeated_ngrams(ids, size) for ids in answers]
+    return ratio(sum(repeated for repeated, _ in counts), sum(total for _, total in counts))
+
+
+def stage_seconds(records: Iterable[Record]) -> dict[str, float]:
+    """Seconds by stage, summed over all steps but the prefill."""
+    lists = list(steps_of_turns(records))
+    return {stage: sum(sum(steps["seconds"][stage]) for steps in lists) for stage in STAGES}
+
+
+def accepted_kinds(records: Iterable[Record]) -> dict[str, int]:
+    """Accepted nodes by kind (trunk, sibling, correction, ...)."""
+    total: Counter[str] = Counter()
+    for steps in steps_of_turns(records):
+        total.update(steps["accepted_kinds"])
+    return dict(sorted(total.items()))
+
+
+def summarise(records: Iterable[Record], shape: ModelShape) -> dict[str, Any]:
+    """Every metric of one run, or of several runs put together."""
+    records = list(records)
+    length = accepted_length(records)
+    committed = per_step(records, "committed")
+    return {
+        "questions": len(answered(records)),
+        "failed": len(records) - len(answered(records)),
+        "new_tokens": sum(turn_values(records, "new_tokens")),
+        "finish": dict(sorted(Counter(turn_values(records, "finish")).items())),
+        "steps": len(committed),
+        "accepted_length": length,
+        "mean_accepted_tokens_per_step": mean(per_step(records, "accepted")),
+        "mean_shallow_accepted_tokens_per_step": mean(per_step(records, "shallow_accepted")),
+        "accepted_kinds": accepted_kinds(records),
+        "confusion": confusion(records),
+        "tokens_per_second": tokens_per_second(records),
+        "layer_passes_per_token": layer_passes_per_token(records),
+        "layer_passes_per_token_formula": ratio(formula_layer_passes(shape), length or 0),
+        "paper_bytes_per_token": paper_bytes_per_token(shape, length),
+        "repeated_4gram_share": repeated_ngram_share(turn_values(records, "ids")),
+        "seconds": stage_seconds(records),
+        "committed_per_step": committed,
+    }
+
+
+def compare(records: Iterable[Record], baseline: Iterable[Record], shape: ModelShape, greedy: bool) -> dict[str, Any]:
+    """The run beside plain decoding of the same questions; `identical` is None where answers are drawn at random."""
+    records, baseline = list(records), list(baseline)
+    kept, plain = both_answered(records, baseline)
+    return {
+        "compared": len(kept),
+        "identical": identical_answers(kept, plain) if greedy else None,
+        "tokens_per_second": tokens_per_second(plain),
+        "speed_up": speed_up(kept, plain),
+        "layer_passes_per_token": layer_passes_per_token(plain),
+        "failed": len(baseline) - len(answered(baseline)),
+    }

@@ -1,0 +1,105 @@
+"""The flags that evaluation commands share, and what they become: a method's configuration, adapters, generation settings.
+
+A flag works or is refused. Method flags have no default here: what was not given keeps the method's own default, and what
+was given to a method that has no such setting is an error. The flags follow the fields of the method configurations in
+cats/config.py, so a new method brings its own. Knows no model and no file but by path.
+"""
+
+import argparse
+from pathlib import Path
+
+from cats import METHODS, CatsError, GenerationConfig, MethodConfig, build_method
+from cats.checkpoint import DTYPES
+from cats.methods import every_setting, flag_of, method_config, settings_of
+
+ADAPTERS = ("draft", "shallow")
+METHOD_HELP = {
+    "steps": "tokens drafted in a round",
+    "threshold": "from the second step on, drafting stops when the best probability falls below this",
+    "tree_topk": "1 is a chain; above, candidates per drafted token",
+    "total_tokens": "nodes of the tree; -1 sizes it to steps * tree-topk + 1",
+    "sv_passes": "rounds of drafting and shallow verification before the target pass",
+    "branch_rounds": "rounds in which the draft continues branches of the tree; the paper's is 1",
+    "max_ngram": "longest n-gram looked up in the text so far",
+    "continuation": "tokens taken from behind the match",
+}
+Adapters = dict[str, tuple[Path, int | None]]
+
+
+def add_model_flags(parser: argparse.ArgumentParser, model_path_required: bool = True) -> None:
+    """What is loaded: base, adapters, dtype, device, template."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model-path", required=model_path_required, help="checkpoint directory of the base model")
+    for name in ADAPTERS:
+        group.add_argument(f"--{name}-adapter-path", help=f"directory of the {name} adapter, for methods that use it")
+        group.add_argument(f"--{name}-layer", type=int, help=f"exit layer of the {name} adapter (default: what its config.json says)")
+    group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="of weights and arithmetic (default: as stored)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is some, else cpu)")
+    group.add_argument("--template", help="FastChat's name of the chat template, or 'tokenizer' (default: from the model)")
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per setting of any method; the help names the methods that have it."""
+    group = parser.add_argument_group("method")
+    for name, kind in every_setting().items():
+        users = ", ".join(
+            f"{method} {getattr(config_class(), name)}"
+            for method, (_, config_class) in METHODS.items()
+            if name in settings_of(config_class)
+        )
+        group.add_argument(flag_of(name), type=kind, help=f"{METHOD_HELP.get(name, name)} (default: {users})")
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen."""
+    default = GenerationConfig()
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="per answer (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=default.top_p, help="for sampling (default: %(default)s, off)")
+    group.add_argument("--top-k", type=int, default=default.top_k, help="for sampling (default: %(default)s, off)")
+    group.add_argument(
+        "--typical-tau", type=float, default=default.typical_tau, help="typical acceptance, with --typical-alpha (default: off)"
+    )
+    group.add_argument(
+        "--typical-alpha", type=float, default=default.typical_alpha, help="typical acceptance, with --typical-tau (default: off)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="from which every question's own seed is derived (default: %(default)s)")
+
+
+def chosen_method(method: str, args: argparse.Namespace) -> MethodConfig:
+    """The configuration of `method` with the flags that were given; one that does nothing for it raises `CatsError`."""
+    return method_config(method, {name: getattr(args, name) for name in every_setting()})
+
+
+def adapters_for(methods: list[MethodConfig], args: argparse.Namespace) -> Adapters:
+    """Adapter directories and exits that these methods need; a missing one, or one that none of them uses, raises `CatsError`."""
+    needed = {name: config.name for config in methods for name in build_method(config).adapters}
+    adapters: Adapters = {}
+    for name in ADAPTERS:
+        path, layer = getattr(args, f"{name}_adapter_path"), getattr(args, f"{name}_layer")
+        if name in needed and path is None:
+            raise CatsError(f"the method {needed[name]} needs the {name} adapter; give --{name}-adapter-path.")
+        if name not in needed and (path is not None or layer is not None):
+            flag = f"--{name}-adapter-path" if path is not None else f"--{name}-layer"
+            used = " and ".join(dict.fromkeys(config.name for config in methods))
+            raise CatsError(f"{flag} does nothing for {used}, which has no {name} adapter; leave it out or choose another method.")
+        if name in needed:
+            adapters[name] = (Path(path), layer)
+    draft, shallow = (getattr(args, f"{name}_layer") for name in ADAPTERS)
+    if None not in (draft, shallow) and draft >= shallow:
+        raise CatsError(f"--draft-layer {draft} is not before --shallow-layer {shallow}; the draft exit must come first.")
+    return adapters
+
+
+def generation_config(args: argparse.Namespace) -> GenerationConfig:
+    """The generation settings, without the model's end tokens; contradictions raise `CatsError`."""
+    return GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        typical_tau=args.typical_tau,
+        typical_alpha=args.typical_alpha,
+        seed=args.seed,
+    )

@@ -1,0 +1,104 @@
+"""The model under evaluation: base, adapters, chat template and end tokens, loaded together and checked before the first answer.
+
+Knows checkpoints and templates; knows no questions and no answer files.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cats import CatsError, Generation, GenerationConfig, MethodConfig, MultiAdapterCATSModel, StopStrings, build_method, generate, load
+from cats.checkpoint import weight_files
+from evaluation.chat import Chat, default_template, load_tokenizer
+from evaluation.metrics import ModelShape
+from evaluation.options import Adapters
+from evaluation.questions import Question
+
+SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with what it needs to be spoken to."""
+
+    model: MultiAdapterCATSModel
+    chat: Chat
+    eos_token_ids: tuple[int, ...]
+
+    def answer(self, prompt_ids: list[int], method: MethodConfig, config: GenerationConfig) -> Generation:
+        """One answer by one method; the template's stop strings end it as the end tokens do."""
+        stop = StopStrings(self.chat.stop_strings, self._decode) if self.chat.stop_strings else None
+        return generate(self.model, prompt_ids, build_method(method), config, stop=stop)
+
+    def check_prompts(self, questions: Sequence[Question]) -> None:
+        """Raise `CatsError` naming the first question whose opening prompt leaves no room for an answer."""
+        for question in questions:
+            length = len(self.chat.prompt_ids(question.turns[:1], ()))
+            if length >= self.model.base.context:
+                raise CatsError(
+                    f"the prompt of question {question.question_id!r} has {length} tokens and the model's context holds "
+                    f"{self.model.base.context}; leave the question out, or give --keep-going to record it as failed."
+                )
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.chat.tokenizer.decode(ids))
+
+    def shape(self, method: MethodConfig) -> ModelShape:
+        """What the cost formulas of metrics.py need to know for this method."""
+        base = self.model.base
+        drafts = "draft" in build_method(method).adapters
+        passes = getattr(method, "steps", 0) * getattr(method, "sv_passes", 1)
+        return ModelShape(
+            layers=base.layer_count,
+            draft_exit=int(self.model.adapters["draft"].exit_layer or 0) if drafts else 0,
+            draft_passes=passes if drafts else 0,
+            bytes_per_layer=sum(weight.numel() * weight.element_size() for weight in base.source.layer(0).parameters()),
+        )
+
+
+def load_chat(model_path: str, template: str | None) -> Chat:
+    """Tokenizer and template of a checkpoint; quick, so that their faults are found before the weights are read."""
+    tokenizer = load_tokenizer(model_path)
+    return Chat(tokenizer, template or default_template(tokenizer, model_path))
+
+
+def load_subject(model_path: str, adapters: Adapters, chat: Chat, dtype: str, device: torch.device) -> Subject:
+    """Load base and adapters; whatever does not fit together raises `CatsError`."""
+    model = load(model_path, adapters, dtype=dtype, device=device)
+    exits = {name: int(adapter.exit_layer or 0) for name, adapter in model.adapters.items()}
+    if {"draft", "shallow"} <= exits.keys() and exits["draft"] >= exits["shallow"]:
+        raise CatsError(
+            f"the draft adapter's exit {exits['draft']} is not before the shallow adapter's {exits['shallow']}; exchange or replace them."
+        )
+    return Subject(model, chat, end_token_ids(model_path, model.base.config, chat))
+
+
+def end_token_ids(model_path: str | Path, config: Any, chat: Chat) -> tuple[int, ...]:
+    """Every token that ends an answer: as generation_config.json says, else the model's config; the tokenizer's; the template's."""
+    path = Path(model_path) / "generation_config.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise CatsError(f"cannot read {path}: {error}; fetch the checkpoint again.") from error
+    said = config.eos_token_id if said is None else said
+    listed = said if isinstance(said, list) else [said]
+    found = {*listed, chat.tokenizer.eos_token_id, *chat.stop_token_ids} - {None}
+    return tuple(sorted(int(token) for token in found))
+
+
+def weights_fingerprint(directory: str | Path) -> str:
+    """A hash of a checkpoint's weights: sizes, and the first, middle and last MiB of each file; retrained weights never look the same."""
+    digest = hashlib.sha256()
+    for path in sorted(weight_files(directory)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in (0, max(0, (size - SAMPLE_BYTES) // 2), max(0, size - SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,29 @@
+"""Fixtures that several test files share: tiny random models on disk, built once a session."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from tests import speaking_model, tiny_models
+from tests.tiny_models import FAMILIES, TinyModel
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """Family name -> a random model with adapters, on disk."""
+
+    @cache
+    def built(family: str) -> TinyModel:
+        return tiny_models.build(tmp_path_factory.mktemp(family), FAMILIES[family]())
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A random model with adapters, a tokenizer and a chat template, on disk."""
+    return speaking_model.build(tmp_path_factory.mktemp("speaking"))

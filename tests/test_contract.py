@@ -1,0 +1,165 @@
+"""The contract of `Method` carries what comes next: Lookahead's extra query rows and CAS-Spec's layer subsets, as stubs.
+
+The stubs are small but whole: they draft, get back what they need, and accept tokens; their answers must be plain ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+import cats
+from cats.acceptance import Verdict
+from cats.earlyexit import SkippedParts
+from cats.methods.base import Method
+from cats.state import Cycle, DecodeState
+from tests.scripted_model import LAYERS, follow, random_script, scripted_model
+from tests.tiny_models import LAYERS as TINY_LAYERS
+from tests.tiny_models import TinyModel, prompts
+
+Tiny = Callable[[str], TinyModel]
+CONFIG = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=())
+
+
+def plain(model: cats.MultiAdapterCATSModel, prompt: list[int]) -> list[int]:
+    return cats.generate(model, prompt, cats.build_method(cats.AutoregressiveConfig()), CONFIG).ids
+
+
+@dataclass
+class LookaheadStub(Method):
+    """Jacobi window of `width` columns and `levels` rows, all of them probes; n-grams read off its columns become branches.
+
+    Row 0 is a chain after the root, and cell (level, column) follows the one above it in its column: Lookahead's mask.
+    """
+
+    width: int = 3
+    levels: int = 2
+    window: list[list[int]] = field(default_factory=list)
+    pool: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    probes: list[list[int]] = field(default_factory=list)
+    judged: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def max_nodes(self) -> int:
+        return 1 + self.levels * (self.width + 4)
+
+    def start(self, state: DecodeState) -> None:
+        self.window = [[state.tokens[column % len(state.tokens)] for column in range(self.width)] for _ in range(self.levels)]
+        self.pool, self.judged = {}, []
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        nodes = [0]
+        for ngram in self.pool.get(cycle.tree.tokens[0], [])[-4:]:
+            parent = 0
+            for token in ngram[: cycle.depth_limit]:
+                parent = cycle.tree.add(parent, token, "lookup")
+                nodes.append(parent)
+        self.probes = []
+        if cycle.depth_limit >= self.width + self.levels:
+            above = [0, *range(len(cycle.tree), len(cycle.tree) + self.width - 1)]
+            for tokens in self.window:
+                above = [cycle.tree.add_probe(parent, token) for parent, token in zip(above, tokens, strict=True)]
+                self.probes.append(above)
+        return sorted({*nodes, *(node for row in self.probes for node in row)})
+
+    def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:
+        row = {node: place for place, node in enumerate(nodes)}
+        for node in [node for level in self.probes for node in level]:
+            self.judged.append((cycle.state.tokens + cycle.tree.path_tokens(node), logits_TV[row[node]]))
+        if self.probes:
+            newest = [int(logits_TV[row[node]].argmax()) for node in self.probes[-1]]
+            for column, first in enumerate(self.window[0]):
+                ngram = (*(level[column] for level in self.window[1:]), newest[column])
+                self.pool.setdefault(first, []).append(ngram)
+            self.window = [*self.window[1:], newest]
+
+
+@dataclass
+class CasSpecStub(Method):
+    """Drafts a chain with a subset of the model's layers; the entries it leaves behind are approximate."""
+
+    skipped: SkippedParts
+    steps: int = 4
+    verdicts: list[bool] = field(default_factory=list)
+
+    @property
+    def max_nodes(self) -> int:
+        return self.steps + 1
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        nodes = [0]
+        while len(nodes) <= min(self.steps, cycle.depth_limit):
+            token = int(cycle.draft_logits(nodes[-1:], self.skipped)[0].argmax())
+            nodes.append(cycle.tree.add(nodes[-1], token, "trunk"))
+        return nodes
+
+    def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:
+        self.verdicts += [verdict.accepted[node] for node in nodes[1:]]
+
+
+def test_lookahead_stub_is_lossless_and_gets_its_rows_back(tiny: Tiny) -> None:
+    model = cats.load(tiny("llama-grouped").base, dtype="float64")
+    stub = LookaheadStub()
+    for prompt in prompts(count=2, longest=10, seed=8):
+        assert cats.generate(model, prompt, stub, CONFIG).ids == plain(model, prompt)
+        assert stub.judged
+        with torch.inference_mode():
+            for text, logits_V in stub.judged:
+                states = model.base.hidden_states(torch.tensor([text]), [TINY_LAYERS])
+                torch.testing.assert_close(model.base.target_logits(states[TINY_LAYERS])[0, -1], logits_V, atol=1e-5, rtol=1e-5)
+
+
+def test_lookahead_stub_finds_ngrams_on_its_own() -> None:
+    """On a circle of tokens the window soon holds true n-grams, and its branches are accepted."""
+    circle = follow([(token + 1) % 8 for token in range(8)])
+    model = scripted_model(circle, circle, circle)
+    generation = cats.generate(model, [0, 1, 2], LookaheadStub(), CONFIG)
+    assert generation.ids == plain(model, [0, 1, 2])
+    assert "lookup" in {kind for trace in generation.traces for kind in trace.accepted_kinds}
+    assert "probe" not in {kind for trace in generation.traces for kind in trace.accepted_kinds}
+
+
+SUBSETS = {
+    "nothing": SkippedParts(),
+    "attention": SkippedParts(attention=frozenset({2, 4})),
+    "mlp": SkippedParts(mlp=frozenset({1, 3})),
+    "whole layers": SkippedParts(attention=frozenset({3, 4}), mlp=frozenset({3, 4})),
+    "apart": SkippedParts(attention=frozenset({2, 3}), mlp=frozenset({1, 4})),
+}
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+def test_cas_spec_stub_is_lossless(tiny: Tiny, name: str) -> None:
+    model = cats.load(tiny("llama").base, dtype="float64")
+    stub = CasSpecStub(SUBSETS[name])
+    for prompt in prompts(count=2, longest=10, seed=8):
+        assert cats.generate(model, prompt, stub, CONFIG).ids == plain(model, prompt)
+    assert any(stub.verdicts)
+    assert all(stub.verdicts) == (name == "nothing")
+
+
+def test_a_draft_without_some_parts_is_the_model_with_those_parts_zero(tiny: Tiny) -> None:
+    """Layer-subset logits against the whole model with the skipped parts' output projections set to zero."""
+    model, without = (cats.load(tiny("llama").base, dtype="float64") for _ in range(2))
+    skipped, prompt = SUBSETS["apart"], prompts(count=1, longest=10, seed=9)[0]
+    for layer in skipped.attention:
+        without.base.layers[layer].self_attn.o_proj.weight.data.zero_()
+    for layer in skipped.mlp:
+        without.base.layers[layer].mlp.down_proj.weight.data.zero_()
+    with torch.inference_mode():
+        ids = torch.tensor([prompt])
+        seen = model.base.forward_draft_or_large_model(input_ids=ids, skipped=skipped)
+        torch.testing.assert_close(seen, without.base.hidden_states(ids, [TINY_LAYERS])[TINY_LAYERS])
+
+
+def test_the_skipping_draft_of_a_scripted_model_loses_only_what_it_skips() -> None:
+    """Without its last attention the scripted target forgets the token before the last one, and nothing else."""
+    target = random_script(6, seed=0)
+    model = scripted_model(target, target, target)
+    skipped = SkippedParts(attention=frozenset({LAYERS - 1}))
+    with torch.inference_mode():
+        hidden = model.base.forward_draft_or_large_model(input_ids=torch.tensor([[1, 4, 2]]), skipped=skipped)
+        logits = model.base.target_logits(hidden)[0, -1].numpy()
+    assert np.corrcoef(logits, target.current_VV[2])[0, 1] == pytest.approx(1)

@@ -1,0 +1,129 @@
+"""`python -m evaluation.correctness`: agreement is found, a difference is shown with its place, tokens and logit gap, status 1."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cats import AutoregressiveConfig, CatsError
+from evaluation import correctness
+from evaluation.correctness import Difference, Reference, compare_prompt, first_difference
+from evaluation.presets import PRESETS
+from evaluation.record_file import read_records, rewrite_records
+from evaluation.subject import end_token_ids, load_chat, load_subject
+from tests import speaking_model
+from tests.tiny_models import TinyModel
+
+CPU = torch.device("cpu")
+
+
+def flags(tiny: TinyModel, *more: str) -> list[str]:
+    adapters = ["--draft-adapter-path", str(tiny.draft), "--shallow-adapter-path", str(tiny.shallow)]
+    return ["--model-path", str(tiny.base), *adapters, "--device", "cpu", "--limit", "2", *more]
+
+
+def sharegpt(folder: Path) -> str:
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]
+    path = folder / "talks.json"
+    path.write_text(json.dumps([{"id": str(place), "conversations": turns} for place in range(3)]), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "difference"),
+    [
+        ([1, 2, 3], [1, 2, 3], None),
+        ([1, 2, 3], [1, 5, 3], Difference(1, 2, 5)),
+        ([1, 2, 3], [1, 2], Difference(2, 3, None)),
+        ([1], [1, 2], Difference(1, None, 2)),
+        ([], [], None),
+    ],
+)
+def test_first_difference(expected: list[int], found: list[int], difference: Difference | None) -> None:
+    assert first_difference(expected, found) == difference
+
+
+def test_all_methods_agree_and_the_result_says_what_was_compared(
+    tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    more = ["--all-methods", "--prompts", sharegpt(tmp_path), "--max-new-tokens", "1", "2", "9", "--output", str(output)]
+    correctness.main(flags(speaking, *more))
+    result = json.loads(output.read_text())
+    assert result["comparisons"] == 2 * 3 * len(PRESETS)
+    assert result["differences"] == 0
+    assert result["settings"]["dtype"] == "float32"
+    assert {"cpu", "torch", "transformers", "command"} <= result["environment"].keys()
+    assert "0 differ" in capsys.readouterr().out
+
+
+def test_a_recorded_difference_is_reported_with_status_1_and_nothing_is_compared_twice(
+    tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    command = flags(speaking, "--methods", "kangaroo", "autoregressive", "--prompts", "mtbench", "--output", str(output))
+    with pytest.raises(SystemExit) as ended:
+        correctness.main([*command, "--shallow-layer", "3"])
+    assert ended.value.code == 2
+    assert "does nothing for kangaroo and autoregressive" in capsys.readouterr().err
+    command = [flag for flag in command if flag not in ("--shallow-adapter-path", str(speaking.shallow))]
+    correctness.main([*command, "--max-new-tokens", "4"])
+    records = read_records(output.with_suffix(".records.jsonl"))
+    found = {"method": "kangaroo", "max_new_tokens": 4, "position": 2, "expected": 7, "found": None, "logit_gap": 0.25}
+    rewrite_records(output.with_suffix(".records.jsonl"), [{**records[0], "differences": [found]}, records[1]])
+    with pytest.raises(SystemExit) as ended:
+        correctness.main([*command, "--max-new-tokens", "4"])
+    assert ended.value.code == 1
+    assert "position 2, expected 7, found None, logit gap 0.25" in capsys.readouterr().out
+    assert json.loads(output.read_text())["differences"] == 1
+    with pytest.raises(SystemExit) as ended:
+        correctness.main([*command, "--max-new-tokens", "5"])
+    assert ended.value.code == 2
+
+
+def test_another_model_differs_where_its_logits_do(tmp_path: Path, speaking: TinyModel) -> None:
+    other = speaking_model.build(tmp_path, seed=1)
+    subject = load_subject(str(speaking.base), {}, load_chat(str(speaking.base), None), "float32", CPU)
+    reference = Reference(str(other.base), "float32", CPU, subject.eos_token_ids)
+    prompt = subject.chat.prompt_ids(["Hi."], [])
+    outcome = compare_prompt(subject, reference, prompt, {"plain": AutoregressiveConfig()}, [3, 20])
+    assert outcome["comparisons"] == 2
+    found = outcome["differences"][0]
+    assert (found["method"], found["max_new_tokens"]) == ("plain", 3)
+    expected = reference.greedy(prompt, 20)
+    assert found["expected"] == expected[found["position"]]
+    assert found["logit_gap"] > 0
+
+
+def test_answers_end_where_the_context_does(speaking: TinyModel) -> None:
+    subject = load_subject(str(speaking.base), {}, load_chat(str(speaking.base), None), "float32", CPU)
+    reference = Reference(str(speaking.base), "float32", CPU, ())
+    methods = {"plain": AutoregressiveConfig(), "lookup": PRESETS["prompt_lookup"]}
+    prompt = [5 + place % 200 for place in range(subject.model.base.context - 3)]
+    assert compare_prompt(subject, reference, prompt, methods, [1, 3, 50])["differences"] == []
+    assert compare_prompt(subject, reference, [*prompt, 5, 5, 5], methods, [1])["skipped"]
+
+
+def test_half_precision_and_bad_prompts_are_refused(tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = [
+        (["--dtype", "float16", "--prompts", "mtbench"], "compare in float32 or float64"),
+        (["--prompts", str(tmp_path / "absent.json")], "cannot read conversations"),
+        (["--prompts", str(tmp_path / "absent.jsonl")], "cannot read the question file"),
+        (["--prompts", "mtbench", "--max-new-tokens", "0"], "max-new-tokens is 0"),
+    ]
+    for more, complaint in wrong:
+        with pytest.raises(SystemExit) as ended:
+            correctness.main(flags(speaking, "--all-methods", *more))
+        assert ended.value.code == 2
+        assert complaint in capsys.readouterr().err
+
+
+def test_end_tokens_come_from_the_generation_settings_the_tokenizer_and_the_template(tmp_path: Path, speaking: TinyModel) -> None:
+    subject = load_subject(str(speaking.base), {}, load_chat(str(speaking.base), None), "float32", CPU)
+    assert subject.eos_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 4]}')
+    assert end_token_ids(tmp_path, subject.model.base.config, subject.chat) == (2, 4, 9)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(CatsError, match="cannot read"):
+        end_token_ids(tmp_path, subject.model.base.config, subject.chat)

@@ -1,0 +1,169 @@
+"""Policy as tests: who imports whom, no prints in cats/, no machine paths, short functions, small files, the README's flags.
+
+Reads source text and syntax trees; of the commands it runs only --help.
+"""
+
+import ast
+import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("cats", "training", "evaluation", "data", "scripts", "tests")
+LONGEST_FUNCTION = 60
+LARGEST_FILE = 16 * 2**20
+
+# A module of cats/ may import from its own rank and from those above it in this list.
+RANKS: tuple[frozenset[str], ...] = (
+    frozenset({"errors", "files"}),
+    frozenset({"planning", "config", "tree", "masks", "acceptance", "trace", "stopping"}),
+    frozenset({"rope", "kv_cache", "checkpoint", "adapter", "earlyexit", "cats_model", "runtime"}),
+    frozenset({"state"}),
+    frozenset({"methods"}),
+    frozenset({"reference", "engine"}),
+    frozenset({"", "__main__"}),
+)
+TRAINING_MAY_USE = {"errors", "files", "rope", "checkpoint", "adapter", "earlyexit", ""}  # "": the names that the package exports
+
+README_FLAGS = {
+    "evaluation.CATS_dynamic": (
+        "--model-path --draft-adapter-path --shallow-adapter-path --model-id --bench-name --question-begin --question-end --draft-layer "
+        "--shallow-layer --steps --sv-passes --threshold --tree-topk --total-tokens --num-runs --temperature --typical-tau --typical-alpha "
+        "--dtype --max-new-tokens"
+    ),
+    "training.ge_data": "--start --end --index --gpu_index --outdir",
+    "training.fine_tune_adapter": "--exit_layer --topk --start_epoch --end_epoch --data_home",
+}
+
+
+def sources(*packages: str) -> list[Path]:
+    """Every Python file of these packages, relative to the root."""
+    return sorted(path.relative_to(ROOT) for package in packages for path in (ROOT / package).rglob("*.py"))
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, with `from package import name` spelled out as package.name."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively; house style is absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def cats_module(dotted: str) -> str | None:
+    """'cats.methods.base.Method' -> 'methods', a name that the package itself exports -> '', not ours -> None."""
+    first, _, rest = dotted.partition(".")
+    if first != "cats":
+        return None
+    module = rest.split(".")[0]
+    known = {path.stem if path.is_file() else path.name for path in (ROOT / "cats").iterdir()}
+    return module if module in known else ""
+
+
+def rank(module: str) -> int:
+    found = [place for place, modules in enumerate(RANKS) if module in modules]
+    assert found, f"cats/{module} has no rank in tests/test_house_rules.py: say which modules it may import"
+    return found[0]
+
+
+def module_of(path: Path) -> str:
+    return path.parts[1].removesuffix(".py") if path.parts[1] != "__init__.py" else ""
+
+
+@pytest.mark.parametrize("path", sources("cats"), ids=str)
+def test_imports_inside_cats_point_one_way(path: Path) -> None:
+    own = module_of(path)
+    for dotted in imports(path):
+        assert dotted.split(".")[0] not in ("evaluation", "training", "data", "scripts", "tests"), f"{path} imports {dotted}"
+        other = cats_module(dotted)
+        if other is not None and other != own:
+            assert rank(other) <= rank(own), f"{path} imports {dotted}, which stands above it"
+            assert not (rank(own) == 1 and rank(other) > 1), f"{path} imports {dotted}"
+
+
+@pytest.mark.parametrize("path", [path for path in sources("cats") if module_of(path) in ("planning", "tree", "config", "trace")], ids=str)
+def test_plain_arithmetic_needs_no_torch(path: Path) -> None:
+    assert not [dotted for dotted in imports(path) if dotted.split(".")[0] in ("torch", "transformers")]
+
+
+@pytest.mark.parametrize("path", sources("training"), ids=str)
+def test_training_sees_only_the_models(path: Path) -> None:
+    for dotted in imports(path):
+        assert dotted.split(".")[0] not in ("evaluation", "scripts", "tests"), f"{path} imports {dotted}"
+        module = cats_module(dotted)
+        assert module is None or module in TRAINING_MAY_USE, f"{path} imports {dotted}"
+
+
+@pytest.mark.parametrize("path", [path for path in sources("cats") if path.name != "__main__.py"], ids=str)
+def test_no_prints_in_cats(path: Path) -> None:
+    lines = [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Name) and node.id == "print"]
+    assert not lines, f"{path} prints on lines {lines}"
+
+
+@pytest.mark.parametrize("path", sources(*PACKAGES), ids=str)
+def test_functions_are_short_and_files_say_what_they_do(path: Path) -> None:
+    tree = parsed(path)
+    assert ast.get_docstring(tree) or not tree.body, f"{path} opens without a docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            length = (node.end_lineno or first.lineno) - first.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{path}:{node.lineno} {node.name} is {length} lines long"
+
+
+@pytest.mark.parametrize("path", sources(*PACKAGES), ids=str)
+def test_names_tell_what_a_file_is(path: Path) -> None:
+    banned = {"utils", "util", "common", "misc", "helpers", "legacy", "old", "new"}
+    assert not banned & set(path.with_suffix("").parts), f"{path}: name it after what it does"
+    assert not re.search(r"_v\d+$", path.stem), f"{path}: replace the old path instead of numbering it"
+
+
+@pytest.mark.parametrize("path", sources(*PACKAGES), ids=str)
+def test_no_broad_excepts_and_nothing_left_undone(path: Path) -> None:
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.id if isinstance(node.type, ast.Name) else node.type
+            assert caught not in (None, "Exception", "BaseException"), f"{path}:{node.lineno} catches everything"
+    left = "TO" + "DO|FIX" + "ME"
+    assert not re.search(left, (ROOT / path).read_text(encoding="utf-8")), f"{path} holds a note of unfinished work"
+
+
+def tracked_files() -> list[Path]:
+    """Files that git tracks or would add; of a copy without git, everything outside hidden folders."""
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        return [path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file() and not any(p.startswith(".") for p in path.parts)]
+    return [Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_files_are_small() -> None:
+    large = {str(path): size for path in tracked_files() if (size := (ROOT / path).stat().st_size) > LARGEST_FILE}
+    assert not large
+
+
+def test_no_absolute_paths_of_a_machine() -> None:
+    machine = re.compile(rb"(?<![\w.])/(?:work|home|root|Users|mnt|tmp)/[A-Za-z.]")
+    found = [
+        f"{path}: {match.group().decode()}"
+        for path in tracked_files()
+        if path.suffix in (".py", ".sh", ".md", ".toml", ".txt", ".json", ".yml") and (match := machine.search((ROOT / path).read_bytes()))
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("module", README_FLAGS)
+def test_the_papers_command_lines_are_known(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    missing = set(README_FLAGS[module].split()) - known
+    assert not missing, f"{module} lost flags of the paper's README"

@@ -1,0 +1,118 @@
+"""Greedy answers of every method are those of transformers' own `generate`, token for token.
+
+A new method is covered by the shape that tests/methods.py must give it. float32 and float64, where near ties do not flip.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+import cats
+from tests.methods import SHAPES
+from tests.tiny_models import CONTEXT, EOS, FAMILIES, TinyModel, build, prompts, reload
+
+LENGTHS = (1, 2, 7, 40)
+PROMPTS = prompts(count=3, longest=30)
+Tiny = Callable[[str], TinyModel]
+
+
+@cache
+def loaded(tiny: TinyModel, dtype: str = "float32") -> cats.MultiAdapterCATSModel:
+    return cats.load(tiny.base, tiny.adapters, dtype=dtype)
+
+
+@cache
+def expected(tiny: TinyModel, prompt: tuple[int, ...], length: int, dtype: str = "float32") -> list[int]:
+    """New tokens of transformers' greedy generation, cut after EOS (EOS included)."""
+    model = reload(tiny, getattr(torch, dtype))
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=EOS, pad_token_id=0)  # type: ignore[operator]
+    answer: list[int] = ids[0, len(prompt) :].tolist()
+    return answer
+
+
+def answer(model: cats.MultiAdapterCATSModel, prompt: list[int], shape: str, config: cats.GenerationConfig) -> cats.Generation:
+    return cats.generate(model, prompt, cats.build_method(SHAPES[shape]), config)
+
+
+def test_every_method_has_a_shape() -> None:
+    assert {config.name for config in SHAPES.values()} == set(cats.METHODS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_transformers_greedy(tiny: Tiny, family: str, shape: str) -> None:
+    for place, prompt in enumerate(PROMPTS):
+        whole = expected(tiny(family), tuple(prompt), max(LENGTHS))
+        for length in LENGTHS if place == 0 else (max(LENGTHS),):
+            got = answer(loaded(tiny(family)), prompt, shape, cats.GenerationConfig(max_new_tokens=length, eos_token_ids=(EOS,)))
+            assert got.ids == whole[:length], f"{len(prompt)} prompt tokens, {length} new ones"
+            assert got.finish == ("eos" if EOS in whole[:length] else "length")
+            assert sum(trace.committed for trace in got.traces) == len(got.ids)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_in_float64(tiny: Tiny, shape: str) -> None:
+    for prompt in PROMPTS:
+        config = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=(EOS,))
+        assert answer(loaded(tiny("llama"), "float64"), prompt, shape, config).ids == expected(tiny("llama"), tuple(prompt), 40, "float64")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_token_may_be_eos(tiny: Tiny, shape: str) -> None:
+    """Every token of an answer in turn is declared EOS: the first one, one in mid-path, the next token after a path."""
+    model, prompt = loaded(tiny("llama-grouped")), PROMPTS[0]
+    whole = answer(model, prompt, "autoregressive", cats.GenerationConfig(max_new_tokens=16, eos_token_ids=())).ids
+    for place, token in enumerate(whole):
+        got = answer(model, prompt, shape, cats.GenerationConfig(max_new_tokens=16, eos_token_ids=(token, 0)))
+        first = next(spot for spot, seen in enumerate(whole) if seen in (token, 0))
+        assert (got.ids, got.finish) == (whole[: first + 1], "eos"), f"token {place} of the answer as EOS"
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_answers_end_with_the_context(tiny: Tiny, shape: str, room: int) -> None:
+    prompt = torch.randint(EOS + 1, 40, (CONTEXT - room,), generator=torch.Generator().manual_seed(room)).tolist()
+    whole = expected(tiny("llama"), tuple(prompt), room)
+    got = answer(loaded(tiny("llama")), prompt, shape, cats.GenerationConfig(max_new_tokens=50, eos_token_ids=(EOS,)))
+    assert got.ids == whole
+    assert got.finish == ("eos" if EOS in whole else "context")
+
+
+def test_a_prompt_that_fills_the_context_is_refused(tiny: Tiny) -> None:
+    for length in (0, CONTEXT, CONTEXT + 1):
+        with pytest.raises(cats.CatsError):
+            answer(loaded(tiny("llama")), [5] * length, "cascade-tree", cats.GenerationConfig())
+
+
+def test_long_prompts_are_read_in_pieces(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompts(count=1, longest=60, seed=5)[0] * 3
+    prompt = prompt[:70]
+    whole = expected(tiny("llama-grouped"), tuple(prompt), 20)
+    monkeypatch.setattr("cats.state.PREFILL_ROWS", 16)
+    for shape in SHAPES:
+        assert answer(loaded(tiny("llama-grouped")), prompt, shape, cats.GenerationConfig(max_new_tokens=20)).ids == whole
+
+
+def test_a_sliding_window_is_the_context(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Mistral with a window: up to the window plain causal attention is exact, and answers end there."""
+    config = FAMILIES["mistral"]()
+    config.sliding_window = 24
+    windowed = build(tmp_path_factory.mktemp("windowed"), config)
+    model, prompt = loaded(windowed), PROMPTS[1][:10]
+    assert model.base.context == 24
+    whole = expected(windowed, tuple(prompt), 24 - len(prompt))
+    assert answer(model, prompt, "cascade-tree", cats.GenerationConfig(max_new_tokens=60)).ids == whole
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_method_object_serves_many_answers(tiny: Tiny, shape: str) -> None:
+    """Nothing is left behind by an answer, nor by one that was abandoned half way."""
+    model, method = loaded(tiny("llama")), cats.build_method(SHAPES[shape])
+    config = cats.GenerationConfig(max_new_tokens=20, eos_token_ids=(EOS,))
+    fresh = [answer(model, prompt, shape, config).ids for prompt in PROMPTS]
+    abandoned = cats.stream(model, PROMPTS[-1], method, replace(config, eos_token_ids=()))
+    next(abandoned), next(abandoned)
+    assert [cats.generate(model, prompt, method, config).ids for prompt in PROMPTS] == fresh

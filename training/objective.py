@@ -1,0 +1,43 @@
+"""The loss of one adapter on one batch: aligned positions, the base's own distribution as target, the chosen arithmetic."""
+
+import torch
+
+from cats.adapter import AdapterModel
+from training.dataset import Batch
+from training.frozen_head import FrozenHead
+from training.losses import Target, predicting_positions, reduced_kl, reduced_target
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Objective:
+    """Reduced KL of adapters against the base model.
+
+    In bf16 and fp16 the adapter's arithmetic is in that type and its weights stay float32. fp16 needs no loss scale here:
+    losses are summed, so gradients of single positions stay far above fp16's smallest number.
+
+    Args:
+        topk: target tokens in the loss; 0 keeps the whole vocabulary.
+        precision: "fp32", "bf16" or "fp16".
+    """
+
+    def __init__(self, head: FrozenHead, topk: int, precision: str):
+        self.head, self.topk, self.half = head, topk, HALVES.get(precision)
+
+    def target(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The P positions that count (as a mask [B, N]) and the base's logits there [P, V]; shared by all exits."""
+        counted_BN = predicting_positions(batch.counted_BN)
+        return counted_BN, self.head.target_logits(batch.final[counted_BN])
+
+    def reduced(self, target_logits_PV: torch.Tensor) -> Target:
+        """The distribution that the adapters learn."""
+        return reduced_target(target_logits_PV, self.topk)
+
+    def loss(
+        self, adapter: AdapterModel, hidden_BND: torch.Tensor, counted_BN: torch.Tensor, target: Target
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss (a scalar) and the adapter's logits [P, V] at the counted positions; the head sees no other position."""
+        hidden_BND = hidden_BND.to(self.half or torch.float32)
+        with torch.autocast(hidden_BND.device.type, dtype=self.half, enabled=self.half is not None):
+            logits_PV = self.head.logits(adapter(hidden_BND)[counted_BN])
+        return reduced_kl(logits_PV, target), logits_PV

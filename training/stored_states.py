@@ -1,0 +1,119 @@
+"""Hidden states on disk: numbered safetensors shards of rows, and a `RowSource` over them. Knows no model.
+
+A shard holds R rows end to end: `lengths` [R], `counted` [tokens] (uint8), `ids` [tokens] (int32), `hidden_<exit>` and
+`final` [tokens, D] in half precision. Beside the shards, `states.json` says what they were made from. Shards of several
+folders under one root (several `--index` runs) are read in the order of their paths.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+
+from cats.errors import CatsError
+from cats.files import write_atomically
+from training.dataset import Batch, TokenRows
+from training.provenance import read_json
+
+DESCRIPTION = "states.json"
+OPEN_SHARDS = 32
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    """Where shard `number` lies."""
+    return directory / f"states_{number:06d}.safetensors"
+
+
+def write_shard(path: Path, rows: TokenRows, chosen: np.ndarray, batch: Batch, dtype: torch.dtype) -> None:
+    """Write the chosen rows with their states, atomically; values beyond the range of `dtype` raise `CatsError`."""
+    lengths = rows.lengths[chosen]
+    ids_BN, counted_BN = rows.padded(chosen)
+    real_BN = torch.arange(ids_BN.shape[1]) < torch.from_numpy(lengths)[:, None]
+    states = {f"hidden_{exit_layer}": hidden for exit_layer, hidden in batch.hidden.items()} | {"final": batch.final}
+    tensors = {name: state[real_BN.to(state.device)].to("cpu", dtype).contiguous() for name, state in states.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CatsError(f"{name} has values that {dtype} cannot hold; give --store-dtype bfloat16.")
+    tensors |= {"ids": ids_BN[real_BN].to(torch.int32), "counted": counted_BN[real_BN].to(torch.uint8)}
+    tensors["lengths"] = torch.from_numpy(lengths)
+    write_atomically(path, lambda part: save_file(tensors, part))
+
+
+def read_lengths(path: Path) -> np.ndarray:
+    """Row lengths of a shard; a damaged shard raises `CatsError` that names it."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_tensor("lengths").numpy()
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CatsError(f"the shard {path} is damaged or cut short ({error}); delete it and run ge_data again.") from error
+
+
+class StoredSource:
+    """Rows of all shards under `root`, each cut at `length` tokens.
+
+    Args:
+        rows: which rows to serve (numbers over all shards); all of them where None.
+    """
+
+    def __init__(self, root: str | Path, exits: tuple[int, ...], length: int, device: torch.device, rows: np.ndarray | None = None):
+        self.root, self.exits, self.length, self.device = Path(root), exits, length, device
+        self.paths = sorted(self.root.rglob("states_*.safetensors"))
+        if not self.paths:
+            raise CatsError(f"there are no stored states under {root}; run training/ge_data.py with --outdir {root} first.")
+        lengths = [read_lengths(path) for path in self.paths]
+        self.shard_R = np.repeat(np.arange(len(self.paths)), [len(each) for each in lengths])
+        self.start_R = np.concatenate([np.cumsum(each) - each for each in lengths])
+        self.length_R = np.minimum(np.concatenate(lengths), length)
+        self.rows = np.arange(len(self.shard_R)) if rows is None else rows
+        self._open: OrderedDict[int, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, rows: np.ndarray) -> "StoredSource":
+        """The same shards, other rows."""
+        return StoredSource(self.root, self.exits, self.length, self.device, rows)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """See `RowSource`; states are float32 where they were stored so, else in their half precision."""
+        chosen = self.rows[rows]
+        names = [*(f"hidden_{exit_layer}" for exit_layer in self.exits), "final", "counted"]
+        pieces = [self._read(row, names) for row in chosen]
+        padded = {name: pad_sequence([piece[name] for piece in pieces], batch_first=True).to(self.device) for name in names}
+        hidden = {exit_layer: padded[f"hidden_{exit_layer}"] for exit_layer in self.exits}
+        return Batch(hidden, padded["final"], padded["counted"].bool())
+
+    def _read(self, row: int, names: list[str]) -> dict[str, torch.Tensor]:
+        file, start = self._shard(int(self.shard_R[row])), int(self.start_R[row])
+        return {name: file.get_slice(name)[start : start + int(self.length_R[row])] for name in names}
+
+    def _shard(self, number: int) -> Any:
+        """An open shard; the least recently used one is closed when too many are open."""
+        if number not in self._open:
+            self._open[number] = safetensors.safe_open(self.paths[number], framework="pt")
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+
+def check_states(root: str | Path, exits: tuple[int, ...], width: int) -> str:
+    """Refuse stored states that lack an exit or belong to a model of another width; returns a hash that identifies them."""
+    folders = sorted({path.parent for path in Path(root).rglob("states_*.safetensors")})
+    digest = hashlib.sha256()
+    for folder in folders:
+        description = read_json(folder / DESCRIPTION, "training/ge_data.py")
+        missing = sorted(set(exits) - set(description["exits"]))
+        if missing:
+            raise CatsError(f"{folder} holds states of exits {description['exits']}, not of {missing}; run ge_data with these exits.")
+        if description["width"] != width:
+            raise CatsError(f"{folder} holds states of width {description['width']}, but the model is {width} wide.")
+        digest.update(json.dumps(description, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,251 @@
+"""Train exit adapters on the frozen base model: on the fly from text (nothing stored), or from stored states.
+
+One forward of the base trains the adapters of all exits. Each adapter learns the base model's own next-token
+distribution at the answer tokens, by the reduced KL loss of the paper. A run is bounded by --epochs, --steps or
+--hours, whichever ends first, and the learning rate follows whichever is closer to its end. Run the same command again
+after an interruption: it goes on from the last checkpoint, bit for bit on a CPU in fp32 (with --hours the schedule
+follows the clock, so there the weights differ).
+
+    python -m training.train_finetune --model-path data/tiny --exit-layers 2 6 8 \\
+        --data-path sharegpt_mix.json.gz --validation-path heldout.json.gz --outdir runs/adapters --hours 0.25
+"""
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file, as in the paper's README
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cats.earlyexit import read_config
+from cats.errors import CatsError, exit_with_sentence
+from training.adapter_run import INITS, OPTIMIZERS, PRECISIONS, SCHEDULES, AdapterRun
+from training.adapter_start import starting_adapters
+from training.adapter_trainer import AdapterTrainer
+from training.base_model import load_base, model_path_of
+from training.chat_tokens import encode_chats, load_tokenizer, renderer_for
+from training.conversations import Conversation, read_sharegpt
+from training.dataset import RowSource, TextSource, token_rows
+from training.frozen_head import FrozenHead
+from training.objective import HALVES, Objective
+from training.provenance import sha256, write_json
+from training.stored_states import StoredSource, check_states
+
+HELD_OUT_EVERY = 50  # without --validation-path, one conversation or row in so many is held out
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    """All flags; the defaults of the settings are those of `AdapterRun`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model-path", help="base checkpoint directory; default: the environment variable CATS_BASE_MODEL")
+    data.add_argument("--exit-layers", type=int, nargs="+", required=True, dest="exits")
+    data.add_argument("--data-path", help="ShareGPT conversations for training on the fly")
+    data.add_argument("--validation-path", help="held-out conversations; without it every 50th conversation is held out")
+    data.add_argument("--data-home", help="states stored by ge_data, instead of --data-path")
+    data.add_argument("--validation-home", help="held-out states; without it every 50th row is held out")
+    data.add_argument("--start", type=int, default=0, help="first conversation of --data-path")
+    data.add_argument("--end", type=int, help="conversation of --data-path to stop before")
+    data.add_argument("--template", help="FastChat template name; default: the model's own chat template")
+    data.add_argument(
+        "--rows-from", choices=("packed", "conversations"), default="packed", help="on the fly: cut one stream, or one row per conversation"
+    )
+    data.add_argument("--every-token", action="store_true", help="learn at every token, not only at answer tokens")
+    data.add_argument("--dtype", default=None, help="dtype of the base; default: float32 on CPU, as stored elsewhere")
+    start = parser.add_argument_group("start and result")
+    start.add_argument("--init", choices=INITS, help="start from the base's attention and final norm, or at random")
+    start.add_argument("--init-adapter", nargs="+", default=[], help="adapter directories to start from, one per exit")
+    start.add_argument("--configpath", help="adapter template; default: derived from the base")
+    start.add_argument("--outdir", required=True, help="checkpoint, logs and one adapter directory per exit")
+    start.add_argument("--names", nargs="+", help="names of the adapter directories; default: exit<l>")
+    start.add_argument("--bin", action="store_true", help="also write pytorch_model.bin")
+    add_settings(parser.add_argument_group("training"))
+    parser.add_argument("--stop-epoch", type=int, default=0, help="stop after this epoch of a longer run (for drivers)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where an accelerator is present")
+    return parser
+
+
+def add_settings(group: argparse._ArgumentGroup) -> None:
+    """Flags of the numbers and choices in `AdapterRun`."""
+    group.add_argument("--rows", "--batch-size", type=int, help="rows in one forward of one process (default 16)")
+    group.add_argument("--length", type=int, help="tokens of a row (default 256)")
+    group.add_argument("--accumulate", type=int, help="forwards per optimizer step (default 1)")
+    group.add_argument("--topk", type=int, help="target tokens in the loss (default 20); 0: full KL")
+    group.add_argument("--epochs", type=int)
+    group.add_argument("--steps", type=int, help="optimizer steps")
+    group.add_argument("--hours", type=float)
+    group.add_argument("--optimizer", choices=OPTIMIZERS)
+    group.add_argument("--lr", type=float, help="peak learning rate of AdamW (default 3e-3)")
+    group.add_argument("--muon-lr", type=float)
+    group.add_argument("--weight-decay", type=float)
+    group.add_argument("--warmup", type=int, help="optimizer steps (default 20)")
+    group.add_argument("--schedule", choices=SCHEDULES)
+    group.add_argument("--clip", type=float, help="largest gradient norm (default 1; 0: off)")
+    group.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the adapters; their weights stay float32")
+    group.add_argument("--seed", type=int)
+    group.add_argument("--drafts", type=int, help="chain length of the simulated accepted length (default 5)")
+    group.add_argument("--validation-rows", type=int, help="rows per validation (default 64)")
+    group.add_argument("--save-minutes", type=float)
+
+
+def run_of(arguments: argparse.Namespace) -> AdapterRun:
+    """The settings of a command line; flags that were not given keep the defaults of `AdapterRun`."""
+    names = {field.name for field in fields(AdapterRun)}
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    return AdapterRun(**given | {"exits": tuple(arguments.exits), "packed": arguments.rows_from == "packed"})
+
+
+def split_conversations(arguments: argparse.Namespace) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and held-out conversations."""
+    chats = read_sharegpt(arguments.data_path)[arguments.start : arguments.end]
+    if not chats:
+        raise CatsError(f"--start {arguments.start} --end {arguments.end} leaves no conversation of {arguments.data_path}.")
+    if arguments.validation_path:
+        return chats, read_sharegpt(arguments.validation_path)
+    train = [chat for place, chat in enumerate(chats) if place % HELD_OUT_EVERY]
+    return train or chats, chats[::HELD_OUT_EVERY]
+
+
+def text_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch.device) -> tuple[RowSource, RowSource]:
+    """Training and validation rows that run the frozen base on the fly."""
+    base = load_base(arguments.model_path, arguments.dtype, device, run.length)
+    tokenizer = load_tokenizer(arguments.model_path)
+    renderer = renderer_for(tokenizer, arguments.model_path, arguments.template)
+    train, held = split_conversations(arguments)
+    train_rows, held_rows = (
+        token_rows(encode_chats(tokenizer, renderer, chats, base.context), run.length, run.packed, run.every_token)
+        for chats in (train, held[: 20 * run.validation_rows])
+    )
+    return TextSource(train_rows, base, run.exits), TextSource(held_rows, base, run.exits)
+
+
+def stored_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch.device) -> tuple[RowSource, RowSource]:
+    """Training and validation rows from stored states; the base model is not loaded."""
+    everything = StoredSource(arguments.data_home, run.exits, run.length, device)
+    if arguments.validation_home:
+        check_states(arguments.validation_home, run.exits, read_config(arguments.model_path).hidden_size)
+        return everything, StoredSource(arguments.validation_home, run.exits, run.length, device)
+    held = np.arange(0, len(everything), HELD_OUT_EVERY)
+    train = np.setdiff1d(np.arange(len(everything)), held)
+    return everything.subset(train if len(train) else held), everything.subset(held)
+
+
+def sources_of(arguments: argparse.Namespace, run: AdapterRun, device: torch.device) -> tuple[RowSource, RowSource, str]:
+    """Training rows, validation rows, and a hash that identifies the training data."""
+    if bool(arguments.data_path) == bool(arguments.data_home):
+        raise CatsError("give either --data-path (conversations, trained on the fly) or --data-home (states stored by ge_data).")
+    if arguments.data_path:
+        return *text_sources(arguments, run, device), sha256(arguments.data_path)
+    for name in ("start", "end", "template", "dtype", "every_token", "validation_path"):
+        if getattr(arguments, name):
+            raise CatsError(f"--{name.replace('_', '-')} was decided when the states were stored; leave it out with --data-home.")
+    identity = check_states(arguments.data_home, run.exits, read_config(arguments.model_path).hidden_size)
+    return *stored_sources(arguments, run, device), identity
+
+
+def export(trainer: AdapterTrainer, arguments: argparse.Namespace) -> None:
+    """Write the adapter directories, each with its PROVENANCE.json, and training_log.json, which adds every step."""
+    outdir, facts = Path(arguments.outdir), provenance(trainer, arguments)
+    for name, (exit_layer, adapter) in zip(adapter_names(arguments), trainer.adapters.items(), strict=True):
+        adapter.save_pretrained(outdir / name, arguments.bin)
+        figures = trainer.reports[-1]["validation"][str(exit_layer)] if trainer.reports else {}
+        hashes = {"sha256": {"model.safetensors": sha256(outdir / name / "model.safetensors")}}
+        write_json(outdir / name / "PROVENANCE.json", facts | {"exit_layer": exit_layer, "validation": figures} | hashes)
+    write_json(outdir / "training_log.json", facts | {"reports": trainer.reports, "steps": trainer.log}, indent=None)
+
+
+def provenance(trainer: AdapterTrainer, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the adapters were made from and how; file names without the paths of this machine."""
+    paths = ("model_path", "data_path", "data_home", "validation_path", "validation_home", "outdir", "configpath")
+    given = {name: Path(value).name if name in paths and value else value for name, value in vars(arguments).items()}
+    given["init_adapter"] = [Path(value).name for value in arguments.init_adapter]
+    return {
+        "what": "exit adapters trained on the base model's own next-token distribution (reduced KL)",
+        "run": asdict(trainer.run),
+        "arguments": given,
+        "data_identity": trainer.identity["data"],
+        "processes": trainer.accelerator.num_processes,
+        "machine": f"{os.cpu_count()} x {platform.machine()} CPU cores, device {trainer.accelerator.device}, torch {torch.__version__}",
+        "rows": len(trainer.source),
+        "rows_per_step": trainer.rows_per_step,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "optimizer_steps": trainer.step,
+        "hours": trainer.seconds / 3600,
+    }
+
+
+def adapter_names(arguments: argparse.Namespace) -> list[str]:
+    """Names of the adapter directories."""
+    return arguments.names or [f"exit{exit_layer}" for exit_layer in arguments.exits]
+
+
+def step_writer(board: SummaryWriter) -> Callable[[dict[str, Any]], None]:
+    """Puts losses, gradient norms and the learning rate of a step on TensorBoard."""
+
+    def write(entry: dict[str, Any]) -> None:
+        board.add_scalar("learning rate", entry["lr"], entry["step"])
+        for kind in ("loss", "gradient_norm"):
+            for exit_layer, value in entry[kind].items():
+                board.add_scalar(f"exit {exit_layer}/{kind.replace('_', ' ')}", value, entry["step"])
+
+    return write
+
+
+def report_writer(board: SummaryWriter, trainer: AdapterTrainer, arguments: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
+    """Shows a report on the terminal and TensorBoard, and exports the adapters as they are."""
+
+    def write(report: dict[str, Any]) -> None:
+        for exit_layer, figures in report["validation"].items():
+            tqdm.write(f"step {report['step']} exit {exit_layer}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+            for name, value in figures.items():
+                board.add_scalar(f"exit {exit_layer}/validation {name.replace('_', ' ')}", value, report["step"])
+        export(trainer, arguments)
+
+    return write
+
+
+def build_trainer(arguments: argparse.Namespace, run: AdapterRun, accelerator: Accelerator) -> AdapterTrainer:
+    """Adapters, data and head put together; an interrupted run is picked up."""
+    adapters = starting_adapters(arguments.model_path, run.exits, run.init, arguments.init_adapter, run.seed, arguments.configpath)
+    for adapter in adapters.values():
+        adapter.to(accelerator.device)
+    source, validation, data = sources_of(arguments, run, accelerator.device)
+    head = FrozenHead.read(arguments.model_path, HALVES.get(run.precision, torch.float32), accelerator.device)
+    objective = Objective(head, run.topk, run.precision)
+    return AdapterTrainer(run, adapters, objective, source, validation, accelerator, Path(arguments.outdir), data)
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    arguments = arguments_parser().parse_args(argv)
+    arguments.model_path = model_path_of(arguments.model_path)
+    run = run_of(arguments)
+    if arguments.names and len(arguments.names) != len(run.exits):
+        raise CatsError(f"--names gives {len(arguments.names)} names for {len(run.exits)} exits; give one per exit.")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    accelerator = Accelerator(cpu=arguments.cpu)
+    trainer = build_trainer(arguments, run, accelerator)
+    if not accelerator.is_main_process:
+        trainer.train(stop_epoch=arguments.stop_epoch)
+        return
+    with SummaryWriter(Path(arguments.outdir) / "tensorboard", purge_step=trainer.step + 1) as board:
+        trainer.train(step_writer(board), report_writer(board, trainer, arguments), arguments.stop_epoch)
+    export(trainer, arguments)
+
+
+if __name__ == "__main__":
+    main()
