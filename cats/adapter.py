@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache, LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from cats.checkpoint import load_strictly, parse_dtype, read_tensors
+from cats.checkpoint import CONFIG_FAULTS, load_strictly, parse_dtype, read_tensors
 from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.rope import RopeTable
@@ -147,5 +147,5 @@ def read_adapter_config(directory: str | Path) -> LlamaConfig:
         return LlamaConfig.from_dict(json.loads(path.read_text()))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CatsError(f"cannot read {path}: {error}; an adapter directory holds config.json beside its weights.") from error
-    except (ValueError, TypeError) as error:
+    except CONFIG_FAULTS as error:
         raise CatsError(f"{path} is not a Llama configuration: {str(error).splitlines()[0]}.") from error

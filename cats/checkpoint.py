@@ -11,6 +11,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +19,8 @@ from cats.errors import CatsError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+CONFIG_FAULTS = (OSError, ValueError, TypeError, AttributeError, StrictDataclassError)
+"""What transformers raises on a configuration that it cannot use."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 

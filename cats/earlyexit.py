@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from cats.checkpoint import load_strictly, parse_dtype, read_tensors
+from cats.checkpoint import CONFIG_FAULTS, load_strictly, parse_dtype, read_tensors
 from cats.errors import CatsError
 from cats.kv_cache import KVCache
 from cats.rope import RopeTable
@@ -197,7 +197,7 @@ def read_config(directory: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except CatsError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except CONFIG_FAULTS as error:
         raise CatsError(f"cannot read {directory / 'config.json'}: {str(error).splitlines()[0]}; fetch the checkpoint again.") from error
 
 

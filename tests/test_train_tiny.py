@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import train_tiny
+from training.conversations import read_sharegpt, render
 from training.muon import Muon, orthogonalise
 
 CHATS = [
@@ -50,10 +51,10 @@ def test_trains_resumes_and_exports_a_checkpoint_that_transformers_loads(tmp_pat
 def test_the_chat_template_is_the_one_it_was_trained_in(tmp_path: Path) -> None:
     train_tiny.main(command(tmp_path, 256))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    chat = train_tiny.read_sharegpt(tmp_path / "corpus.json")[0]
+    chat = read_sharegpt(tmp_path / "corpus.json")[0]
     messages = [{"role": ("user", "assistant")[turn.role], "content": turn.text} for turn in chat.turns]
     templated = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert templated == tokenizer.bos_token + train_tiny.render(chat)
+    assert templated == tokenizer.bos_token + render(chat)
     question = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))
     assert str(templated).startswith(question)
 

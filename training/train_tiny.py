@@ -250,10 +250,11 @@ class Trainer:
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, heldout: list[str], out: Path) -> None:
     """Write the bf16 checkpoint, the tokenizer and PROVENANCE.json to `out`."""
     run, model = trainer.run, trainer.model
-    stored: Any = LlamaForCausalLM(model.config).to(dtype=torch.bfloat16)
+    stored: Any = LlamaForCausalLM(model.config)
+    stored.bfloat16()
     stored.load_state_dict(model.state_dict())
+    stored.save_pretrained(out)
     bits = heldout_bits_per_byte(stored.float(), tokenizer, heldout, run.context)
-    stored.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     hashes = {name: sha256(out / name) for name in ("model.safetensors", "tokenizer.json")}
     provenance = {
