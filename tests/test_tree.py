@@ -1,5 +1,7 @@
 """Tree, masks and cache on their own: small cases by hand, and the rules that hold for every tree."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_ancestors_are_paths(seed: int) -> None:
         assert tree.ancestors_TT[node].nonzero()[0].tolist() == sorted(path)
         assert tree.depths[node] == len(path) - 1
         assert tree.path_tokens(node) == [tree.tokens[step] for step in path[1:]]
-        assert all(tree.scores[later] <= tree.scores[earlier] for earlier, later in zip(path, path[1:], strict=False))
+        assert all(tree.scores[later] <= tree.scores[earlier] for earlier, later in itertools.pairwise(path))
 
 
 def test_best_candidates_keep_the_order_of_ties() -> None:
@@ -116,10 +118,10 @@ def write(cache: KVCache, slots: slice | torch.Tensor, values: list[float], end:
 
 def test_the_cache_keeps_exactly_the_path() -> None:
     cache = cache_of(10)
-    write(cache, slice(0, 2), [10, 11], 2)
+    write(cache, slice(0, 2), [10.0, 11.0], 2)
     cache.length = 2
-    write(cache, slice(2, 4), [20, 21], 4)
-    write(cache, torch.tensor([5, 4, 6]), [23, 22, 24], 7)
+    write(cache, slice(2, 4), [20.0, 21.0], 4)
+    write(cache, torch.tensor([5, 4, 6]), [23.0, 22.0, 24.0], 7)
     cache.keep([0, 2, 4])
     assert cache.get_seq_length() == 5
     assert cache.storage[1, 0, 0, 0, :5, 0].tolist() == [10, 11, 20, 22, 24]

@@ -1,0 +1,54 @@
+"""The README's commands: every module is there, every flag is known to it, every path that it names exists."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = [
+    text for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL) if language in ("", "bash")
+]
+COMMANDS = [
+    line.strip()
+    for fence in FENCES
+    for line in fence.replace("\\\n", " ").splitlines()
+    if re.match(r"\s*(?:python3? |accelerate launch |bash )", line)
+]
+
+
+def module_of(words: list[str]) -> str:
+    """The module that a command line runs: after -m, or the script as a module."""
+    if "-m" in words:
+        return words[words.index("-m") + 1]
+    script = next(word for word in words if word.endswith(".py"))
+    return script.removesuffix(".py").replace("/", ".")
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_exists_and_knows_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        return
+    name = module_of(words)
+    module = importlib.import_module(f"{name}.__main__" if name == "cats" else name)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    known = set(re.findall(r"--[a-z][a-z0-9_-]*", capsys.readouterr().out))
+    flags = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)}
+    assert flags <= known, flags - known
+
+
+def test_paths_in_the_readme_exist() -> None:
+    named = set(re.findall(r"`((?:cats|training|evaluation|data|scripts|tests)/[\w./-]+\.\w+)`", README))
+    assert named
+    assert not [path for path in named if not (ROOT / path).exists()]
