@@ -71,8 +71,9 @@ def propose(exits: Exits, text: list[int], config: CascadeConfig, depth_limit: i
         start = None
         for place, path in enumerate(trunk):
             verifier = exits.shallow([*text, *path])
-            for token in tops[place] if place < len(tops) else []:
-                offered[*path, token] = (scores[path] + float(verifier[token]), "sibling")
+            if len(path) < depth_limit:
+                for token in [*verifier.topk(config.tree_topk).indices.tolist(), *(tops[place] if place < len(tops) else [])]:
+                    offered[*path, token] = (scores[path] + float(verifier[token]), "sibling")
             choice = (*path, int(verifier.argmax()))
             drafted = trunk[place + 1] if place + 1 < len(trunk) else None
             if drafted is not None:

@@ -4,7 +4,7 @@
     check       all of it through [d, s); where the shallow adapter's best
                 token differs from the draft, that token enters as well         corrections
                 after the last draft token its best token is free
-    branch      the draft's other top-k tokens along the trunk                  siblings
+    branch      the draft's and the verifier's other top-k along the trunk      siblings
                 and its top-k after each correction                             continuations
     verify      (engine) every node from exit s through [s, L), once
 
@@ -27,11 +27,11 @@ from cats.tree import TokenTree
 
 @dataclass(frozen=True)
 class Checked:
-    """What the shallow verifier says along a chain of m + 1 nodes: its best token after each, with its log-probability,
+    """What the shallow verifier says along a chain of m + 1 nodes: its top-k tokens after each, with their log-probabilities,
     and its log-probabilities of the draft's top-k tokens after the first m."""
 
-    best_tokens: list[int]
-    best_scores: list[float]
+    top_tokens: list[list[int]]
+    top_scores: list[list[float]]
     draft_scores: list[list[float]]
 
 
@@ -77,7 +77,7 @@ class Cascade(Method):
         """Run the chain through `[d, s)` and the shallow adapter, in one batch; one transfer from the device."""
         cycle.advance(chain.nodes, cycle.state.exits["shallow"])
         scores_TV = torch.log_softmax(cycle.adapter_logits("shallow", chain.nodes).float(), dim=-1)
-        best = scores_TV.max(dim=-1)
+        best = scores_TV.topk(self.config.tree_topk, dim=-1)
         drafted = torch.tensor(chain.top_tokens, dtype=torch.long, device=scores_TV.device)
         draft_scores = scores_TV[:-1].gather(1, drafted.reshape(-1, self.config.tree_topk))
         return Checked(best.indices.tolist(), best.values.tolist(), draft_scores.tolist())
@@ -91,7 +91,7 @@ class Cascade(Method):
         tree, corrections, agreed = cycle.tree, {}, None
         for place, node in enumerate(chain.nodes):
             drafted = chain.nodes[place + 1] if place + 1 < len(chain.nodes) else None
-            agrees = drafted is not None and tree.tokens[drafted] == checked.best_tokens[place]
+            agrees = drafted is not None and tree.tokens[drafted] == checked.top_tokens[place][0]
             if drafted is not None:
                 tree.scores[drafted] = tree.scores[node] + checked.draft_scores[place][0]
                 cycle.shallow_verdicts[drafted] = agrees
@@ -99,7 +99,7 @@ class Cascade(Method):
                 continue
             agreed = place if agreed is None else agreed
             if tree.depths[node] < cycle.depth_limit:
-                corrections[place] = tree.add(node, checked.best_tokens[place], "correction", checked.best_scores[place])
+                corrections[place] = tree.add(node, checked.top_tokens[place][0], "correction", checked.top_scores[place][0])
         return len(chain.nodes) - 1 if agreed is None else agreed, corrections
 
     def _room(self, cycle: Cycle, corrections: list[int], rounds: int) -> int:
@@ -113,7 +113,10 @@ class Cascade(Method):
         tree = cycle.tree
         offers = Offers(tree)
         for chain, checked in rounds:
-            for node, tokens, scores in zip(chain.nodes, chain.top_tokens, checked.draft_scores, strict=False):
+            open_nodes = [node for node in chain.nodes if tree.depths[node] < cycle.depth_limit]
+            for node, tokens, scores in zip(open_nodes, checked.top_tokens, checked.top_scores, strict=False):
+                offers.add(node, tokens, scores, "sibling")
+            for node, tokens, scores in zip(open_nodes, chain.top_tokens, checked.draft_scores, strict=False):
                 offers.add(node, tokens, scores, "sibling")
         continued = [node for node in corrections if not tree.children(node)]
         for branch_round in range(self.config.branch_rounds):
