@@ -92,10 +92,6 @@ class CascadeConfig:
             self.tree_topk > 1 or self.branch_rounds == 1,
             f"branch-rounds {self.branch_rounds} has no branches to continue in a chain; use tree-topk above 1.",
         )
-        require(
-            self.tree_topk > 1 or self.total_tokens == -1,
-            f"total-tokens {self.total_tokens} has nothing to choose from in a chain; use tree-topk above 1, or total-tokens -1.",
-        )
 
 
 @dataclass(frozen=True)
@@ -122,10 +118,6 @@ class EagleSelfConfig:
     def __post_init__(self) -> None:
         check_drafting(self.steps, 0.0)
         check_tree(self.tree_topk, self.total_tokens)
-        require(
-            self.tree_topk > 1 or self.total_tokens == -1,
-            f"total-tokens {self.total_tokens} has nothing to choose from in a chain; use tree-topk above 1, or total-tokens -1.",
-        )
 
     @property
     def node_budget(self) -> int:
@@ -159,3 +151,7 @@ def check_tree(tree_topk: int, total_tokens: int) -> None:
     """Checks that every tree shares."""
     require(tree_topk >= 1, f"tree-topk is {tree_topk}; it must be at least 1.")
     require(total_tokens == -1 or total_tokens >= 2, f"total-tokens is {total_tokens}; it must be -1 (automatic) or at least 2.")
+    require(
+        tree_topk > 1 or total_tokens == -1,
+        f"total-tokens {total_tokens} has nothing to choose from in a chain; use tree-topk above 1, or total-tokens -1.",
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Wall-clock seconds of one step.
+    """Wall-clock seconds of one step, as the host sees them: on a GPU a stage ends when its kernels are queued, and only `total` waits.
 
     Attributes:
         draft, shallow, target: the three stages of the cascade, everything inside them counted.

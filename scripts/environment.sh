@@ -32,7 +32,7 @@ _cats_environment() {
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         printf 'Installing %s (once; a few minutes) ...\n' "$requirements" >&2
         log=$(mktemp)
-        if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/$requirements" >"$log" 2>&1; then
+        if ! "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -r "$root/$requirements" >"$log" 2>&1; then
             cat "$log" >&2
             rm -f "$log"
             printf 'error: pip could not install %s; see its words above, then run again.\n' "$requirements" >&2
