@@ -4,7 +4,7 @@ Token ids in, token ids out: no tokenizer, no text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -157,7 +157,7 @@ def generate(
     if streamer is not None:
         streamer.put(torch.tensor([list(prompt_ids)]))
     for step in stream(model, prompt_ids, method, config, stop=stop):
-        ids, traces, finish = ids + step.tokens, [*traces, replace(step.trace)], step.finish
+        ids, traces, finish = ids + step.tokens, [*traces, step.trace], step.finish
         for token in step.tokens if streamer is not None else ():
             streamer.put(torch.tensor([token]))  # type: ignore[union-attr]
     if streamer is not None:

@@ -109,7 +109,7 @@ def test_transitions_are_the_truncated_targets(shape: str, variant: str) -> None
 @pytest.mark.parametrize("shape", ["cascade-tree", "cascade-rounds", "eagle-tree"])
 def test_first_tokens_are_jointly_the_targets(shape: str) -> None:
     """Whole short texts, so that a dependence between the draws of one step would show as well."""
-    count, length = 600, 3
+    count, length = 400, 3
     seen = Counter(text[len(PROMPT) :] for text in texts(shape, count, length, temperature=1.0))
     sequences = list(product(range(VOCAB), repeat=length))
     chances = [
