@@ -84,7 +84,7 @@ def make_cells(args: argparse.Namespace, methods: dict[str, MethodConfig], templ
     cells = []
     for bench in dict.fromkeys(ALIASES.get(name, name) for name in args.benches):
         source = resolve_bench(bench)
-        questions = select_questions(read_questions(source.path), 0, args.questions)
+        questions = select_questions(read_questions(source.path)[:: args.every], 0, args.questions)
         asked = {"bench": bench, "source": source.note.strip(), "question_ids": [question.question_id for question in questions]}
         for label, method in methods.items():
             own = {"adapters": {name: weights[name] for name in build_method(method).adapters}}
@@ -195,6 +195,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help=PRESET_HELP)
     parser.add_argument("--benches", nargs="+", choices=(*ALIASES, *BENCHES), default=list(BENCHES), help="default: all")
     parser.add_argument("--questions", type=int, help="first so many questions of each bench (default: all)")
+    parser.add_argument(
+        "--every",
+        type=int,
+        metavar="K",
+        default=1,
+        help="take every K-th question, then the first --questions of these; 6 spreads 80 over spec (default: 1)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="per answer (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="result file (.json); cells and the .md table lie beside it")
     parser.add_argument("--merge", action="store_true", help="only build the table from the cells that are there")
@@ -208,6 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.merge:
         if args.model_path is None or args.methods is None:
             raise CatsError("give --model-path and --methods to fill cells, or --merge to build the table from those that are there.")
+        if args.every < 1:
+            raise CatsError(f"--every is {args.every}; it must be at least 1.")
         methods = parse_presets(args.methods)
         config = GenerationConfig(max_new_tokens=args.max_new_tokens)
         chat = load_chat(args.model_path, args.template)
