@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.write(heading(subject))
     records = answer_in_turns(subject, arguments.max_new_tokens)
     sys.stdout.write(table(records) + "\n\n" + NOTE + "\n\n")
-    show(subject, PROMPTS[0], records[SHOWN][0])
+    show(subject, PROMPTS[1], records[SHOWN][1])
     different = [name for name in METHODS if metrics.identical_answers(records[name], records[PLAIN]) < len(PROMPTS)]
     if different:
         raise CatsError(f"answers of {', '.join(different)} differ from plain decoding's; run evaluation.correctness to see where.")
