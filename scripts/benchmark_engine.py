@@ -129,8 +129,8 @@ def profile(subject: Subject, name: str, lines: int = 25) -> str:
     profiler = cProfile.Profile()
     profiler.runcall(subject.ours, METHODS[name])
     text = io.StringIO()
-    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(lines)
-    return text.getvalue().replace(str(TINY.parent.parent) + "/", "")
+    pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(lines)
+    return f"{name}\n{text.getvalue()}"
 
 
 @exit_with_sentence
