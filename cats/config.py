@@ -149,7 +149,7 @@ def check_drafting(steps: int, threshold: float) -> None:
 
 def check_tree(tree_topk: int, total_tokens: int) -> None:
     """Checks that every tree shares."""
-    require(tree_topk >= 1, f"tree-topk is {tree_topk}; it must be at least 1.")
+    require(1 <= tree_topk <= 1000, f"tree-topk is {tree_topk}; it must lie between 1 and 1000.")
     require(total_tokens == -1 or total_tokens >= 2, f"total-tokens is {total_tokens}; it must be -1 (automatic) or at least 2.")
     require(
         tree_topk > 1 or total_tokens == -1,
