@@ -7,6 +7,7 @@ from cats.config import (
     EagleSelfConfig,
     GenerationConfig,
     KangarooConfig,
+    MemoryOptions,
     MethodConfig,
     PromptLookupConfig,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Generation",
     "GenerationConfig",
     "KangarooConfig",
+    "MemoryOptions",
     "MethodConfig",
     "MultiAdapterCATSModel",
     "PromptLookupConfig",

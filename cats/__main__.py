@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import cats
 from cats.config import require
 from cats.errors import exit_with_sentence
+from cats.memory_flags import add_memory_flags, memory_options
 from cats.methods import every_setting, flag_of, method_config, settings_of
 from cats.trace import StepTrace
 
@@ -36,6 +37,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    add_memory_flags(parser)
     parser.add_argument("--stop", action="append", default=[], help="end the answer after this text (may be given several times)")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without a chat template")
     return parser.parse_args(argv)
@@ -85,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     config = method_config(arguments.method, {name: getattr(arguments, name) for name in every_setting()})
     method = cats.build_method(config)
-    model = cats.load(arguments.model_path, adapters_of(arguments, method.adapters), arguments.dtype, arguments.device)
+    memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
+    model = cats.load(arguments.model_path, adapters_of(arguments, method.adapters), arguments.dtype, arguments.device, memory)
+    if arguments.ledger:
+        sys.stderr.write("\n".join(model.base.source.report()) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
     generation = cats.GenerationConfig(
         max_new_tokens=arguments.max_new_tokens,

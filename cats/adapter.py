@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from cats.checkpoint import CONFIG_FAULTS, load_strictly, parse_dtype, read_tensors
 from cats.errors import CatsError
 from cats.files import write_atomically
+from cats.linear import WorkSpace, replace_projections
 from cats.rope import RopeTable
 
 COPIED_FIELDS = (
@@ -76,6 +77,17 @@ class AdapterModel(nn.Module):
         """Dtype of the weights."""
         weight: torch.Tensor = self.norm.weight
         return weight.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, as held."""
+        return sum(weight.nbytes for weight in self.parameters())
+
+    def compute_in(self, dtype: torch.dtype, work: WorkSpace) -> None:
+        """Make the arithmetic `dtype`, as the base's is; matrices stay as they are held."""
+        replace_projections(self, work)
+        self.norm.to(dtype)
+        self.layers[0].input_layernorm.to(dtype)
 
     def forward(
         self,

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from cats.adapter import AdapterModel
+from cats.config import MemoryOptions
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.errors import CatsError
+from cats.runtime.budget import interpreter_bytes
+from cats.runtime.weights import load_planned
 
 
 class MultiAdapterCATSModel(nn.Module):
@@ -31,12 +34,23 @@ class MultiAdapterCATSModel(nn.Module):
         adapters: Mapping[str, tuple[str | Path, int | None]] | None = None,
         dtype: str = "auto",
         device: str | torch.device = "cpu",
+        memory: MemoryOptions | None = None,
     ) -> "MultiAdapterCATSModel":
-        """Load a base checkpoint and adapters `{name: (directory, exit layer or None)}` in one dtype on one device."""
-        model = cls(EarlyExitLlamaForCausalLM.from_pretrained(base_path, dtype, device))
-        for name, (directory, exit_layer) in (adapters or {}).items():
-            precision = str(model.base.dtype).removeprefix("torch.")
-            model.add_adapter(name, AdapterModel.from_pretrained(directory, exit_layer, precision, device), f"the adapter in {directory}")
+        """Load a base checkpoint and adapters `{name: (directory, exit layer or None)}` in one dtype on one device.
+
+        Args:
+            dtype: of the arithmetic; under `memory`, weights are held as they are stored.
+            memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything, widened.
+        """
+        before, places = interpreter_bytes(), (adapters or {}).items()
+        loaded = {name: AdapterModel.from_pretrained(directory, exit_layer, "auto", device) for name, (directory, exit_layer) in places}
+        if memory is None:
+            model = cls(EarlyExitLlamaForCausalLM.from_pretrained(base_path, dtype, device))
+        else:
+            model = cls(load_planned(base_path, dtype, torch.device(device), memory, list(loaded.values()), before))
+        for name, (directory, _) in places:
+            adapter = loaded[name] if memory is not None else loaded[name].to(model.base.dtype)
+            model.add_adapter(name, adapter, f"the adapter in {directory}")
         return model
 
     def add_adapter(self, name: str, adapter: AdapterModel, what: str = "the adapter") -> None:
@@ -49,6 +63,7 @@ class MultiAdapterCATSModel(nn.Module):
         if adapter.exit_layer is None or not 0 < adapter.exit_layer < self.base.layer_count:
             raise CatsError(f"{what} reads exit {adapter.exit_layer}; exits of this base model are 1 to {self.base.layer_count - 1}.")
         adapter.cover_positions(self.base.context)
+        adapter.compute_in(self.base.dtype, self.base.work)
         self.adapters[name] = adapter
         self.add_module(f"adapter_{name}", adapter)
 

@@ -1,13 +1,18 @@
 """Tensors on disk: which file holds which name, reading them safely, and putting them into a module strictly.
 
 Knows the two published layouts (safetensors, `pytorch_model.bin`), each as one file or as shards with an index.
-Pickles are read with `weights_only`, so a checkpoint cannot run code.
+Pickles are read with `weights_only`, so a checkpoint cannot run code. `locate_tensors` says where each tensor's bytes lie,
+for readers that fetch them piece by piece.
 """
 
 import json
+import math
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -22,6 +27,34 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 CONFIG_FAULTS = (OSError, ValueError, TypeError, AttributeError, StrictDataclassError)
 """What transformers raises on a configuration that it cannot use."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What a safetensors header calls them."""
+LONGEST_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses longer ones too."""
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies: `nbytes` bytes from byte `offset` of the file `path`, row by row, little endian."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 def parse_dtype(name: str, stored: torch.dtype | None = None) -> torch.dtype:
@@ -96,26 +129,93 @@ def read_tensor(directory: str | Path, name: str) -> torch.Tensor:
     raise CatsError(f"the checkpoint in {directory} has no tensor {name}.")
 
 
-def load_strictly(
-    module: nn.Module, tensors: Mapping[str, torch.Tensor], what: str, dtype: torch.dtype, device: torch.device, ignored: Iterable[str] = ()
-) -> None:
-    """Put `tensors` into `module` (built on the meta device); any missing, extra or mis-shaped name raises, naming the first.
+def locate_tensors(directory: str | Path) -> dict[str, TensorPlace]:
+    """Tensor name -> its place on the disk, from the headers of the safetensors files of a checkpoint directory.
+
+    Raises:
+        CatsError: for pickles, whose tensors have no fixed place, and for headers that are damaged or disagree with the file's size.
+    """
+    places: dict[str, TensorPlace] = {}
+    for path in weight_files(directory):
+        if path.suffix != ".safetensors":
+            raise CatsError(f"the weights in {path} are a pickle, which cannot be streamed; save the checkpoint as safetensors.")
+        places.update(_places_in(path))
+    return places
+
+
+def _places_in(path: Path) -> dict[str, TensorPlace]:
+    """The header of one safetensors file (8 bytes of length, then JSON), checked against itself and the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _damaged(path, "it is cut short, or its header is longer than the file")
+        if length > LONGEST_HEADER:
+            raise _damaged(path, f"its header claims {length} bytes, more than any real one has")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise _damaged(path, "its header is no JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no mapping")
+    header.pop("__metadata__", None)
+    places = {name: _place(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    for before, after in pairwise(sorted(places, key=lambda name: (places[name].offset, places[name].nbytes))):
+        if places[before].offset + places[before].nbytes > places[after].offset:
+            raise _damaged(path, f"the tensors {before} and {after} overlap")
+    return places
+
+
+def _place(path: Path, name: str, entry: Any, data: int, size: int) -> TensorPlace:
+    """One entry of a header; `data` is where the tensors begin, `size` where the file ends."""
+    try:
+        stored, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"its header does not describe the tensor {name}") from error
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise _damaged(path, f"its header does not describe the tensor {name}")
+    if not isinstance(stored, str) or stored not in STORED_DTYPES:
+        raise CatsError(f"the tensor {name} in {path} has the dtype {stored!r}; known are {', '.join(STORED_DTYPES)}.")
+    dtype = STORED_DTYPES[stored]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise _damaged(path, f"the bytes of the tensor {name} do not fit its shape {list(shape)} of {stored}")
+    if data + end > size:
+        raise _damaged(path, f"it is cut short, the tensor {name} ends at byte {data + end} of {size}")
+    return TensorPlace(path, data + begin, end - begin, dtype, shape)
+
+
+def _damaged(path: Path, fault: str) -> CatsError:
+    return CatsError(f"cannot read the weights in {path}: {fault}; the file is damaged, fetch it again.")
+
+
+def check_tensors(
+    wanted: Mapping[str, torch.Size], found: Mapping[str, Sequence[int]], what: str, ignored: Iterable[str] = ()
+) -> list[str]:
+    """The names of `found` that a module with the parameters `wanted` takes; any missing, extra or mis-shaped one raises, naming the first.
 
     Args:
         ignored: suffixes of names that old checkpoints store and nobody needs.
     """
-    wanted = module.state_dict()
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(tuple(ignored) or ("\0",))}
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    names = [name for name in found if not name.endswith(tuple(ignored) or ("\0",))]
+    missing, extra = sorted(wanted.keys() - set(names)), sorted(set(names) - wanted.keys())
     if missing:
         raise CatsError(
             f"{what} lacks the tensor {missing[0]} ({len(missing)} missing in all); it is not a checkpoint of this architecture."
         )
     if extra:
         raise CatsError(f"{what} has a tensor {extra[0]} that the architecture does not know ({len(extra)} extra in all).")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise CatsError(f"{what}: {name} has shape {list(tensor.shape)}, but the configuration asks for {list(wanted[name].shape)}.")
-    placed = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors.items()}
+    for name in names:
+        if tuple(found[name]) != tuple(wanted[name]):
+            raise CatsError(f"{what}: {name} has shape {list(found[name])}, but the configuration asks for {list(wanted[name])}.")
+    return names
+
+
+def load_strictly(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], what: str, dtype: torch.dtype, device: torch.device, ignored: Iterable[str] = ()
+) -> None:
+    """Put `tensors` into `module` (built on the meta device); what does not fit raises as `check_tensors` says."""
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    names = check_tensors(wanted, {name: tensor.shape for name, tensor in tensors.items()}, what, ignored)
+    placed = {name: tensors[name].to(device=device, dtype=dtype, copy=True) for name in names}
     module.load_state_dict(placed, strict=True, assign=True)
     module.requires_grad_(False)

@@ -2,8 +2,8 @@
 
 The layers are transformers' own, so every checkpoint of a family with this layout works (Llama, Mistral, Qwen2): an
 embedding, equal decoder layers, a final norm and a head. A layer is called with hidden states, a 4-D bias, rotary
-embeddings and a cache, and nothing else. Layer weights are taken from a `LayerSource`, one layer at a time, which is
-the seam at which weights that do not fit in memory are streamed.
+embeddings and a cache, and nothing else. Where the weights of its projections lie, in memory or in a stream, is known
+to the projections (`cats/linear.py`) and to the model's `source` alone.
 """
 
 import json
@@ -19,28 +19,44 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from cats.checkpoint import CONFIG_FAULTS, load_strictly, parse_dtype, read_tensors
 from cats.errors import CatsError
 from cats.kv_cache import KVCache
+from cats.linear import WorkSpace, replace_projections
 from cats.rope import RopeTable
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
 
-class LayerSource(Protocol):
-    """Where decoder layers come from."""
+class WeightSource(Protocol):
+    """Where the weights come from, and what that has cost so far.
 
-    def layer(self, index: int) -> Any:
-        """The decoder layer `index`, its weights ready on the compute device until another layer is asked for."""
+    Attributes:
+        bytes_taken: bytes of weights that passes have taken from a stream.
+        wait_seconds: time that passes have waited for them.
+    """
+
+    bytes_taken: int
+    wait_seconds: float
+
+    def admit(self, positions: int, nodes: int) -> None:
+        """Raise `CatsError` where an answer of so many positions, with trees of so many nodes, would break the memory budget."""
+        ...
+
+    def report(self) -> list[str]:
+        """Lines of a table that shows where the memory goes; none without a plan for it."""
         ...
 
 
-class ResidentLayers:
-    """All layers in memory."""
+class ResidentWeights:
+    """All weights in memory, without a limit."""
 
-    def __init__(self, layers: nn.ModuleList):
-        self._layers = list(layers)
+    bytes_taken = 0
+    wait_seconds = 0.0
 
-    def layer(self, index: int) -> Any:
-        """See `LayerSource`."""
-        return self._layers[index]
+    def admit(self, positions: int, nodes: int) -> None:
+        """See `WeightSource`."""
+
+    def report(self) -> list[str]:
+        """See `WeightSource`."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -58,33 +74,33 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         config: the transformers configuration.
         layer_count: decoder layers L.
         context: positions the model can see.
+        embed_tokens: token ids [..] -> states [.., D].
         lm_head: hidden states [.., D] -> logits [.., V]; shared by every adapter.
+        dtype: of the arithmetic, states and caches; weights may be held in a narrower one.
+        source: see `WeightSource`.
     """
 
-    embed_tokens: nn.Embedding
+    embed_tokens: nn.Module
     norm: nn.Module
-    lm_head: nn.Linear
+    lm_head: nn.Module
 
-    def __init__(self, causal_lm: Any, config: PretrainedConfig):
+    def __init__(self, causal_lm: Any, config: PretrainedConfig, dtype: torch.dtype | None = None, source: WeightSource | None = None):
         super().__init__()
         self.config = config
         decoder = causal_lm.model
         self.embed_tokens, self.norm, self.lm_head = decoder.embed_tokens, decoder.norm, causal_lm.lm_head
         self.layers = decoder.layers
         self.layer_count, self.context = len(decoder.layers), usable_context(config)
-        self.source: LayerSource = ResidentLayers(decoder.layers)
+        self.source: WeightSource = source or ResidentWeights()
+        self.dtype: torch.dtype = dtype or causal_lm.lm_head.weight.dtype
+        self.work = WorkSpace()
         with torch.device("cpu"):
             self.rope = RopeTable(type(decoder.rotary_emb)(config=config), config, self.context)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights and the arithmetic."""
-        return self.lm_head.weight.dtype
-
-    @property
     def device(self) -> torch.device:
         """Compute device."""
-        return self.lm_head.weight.device
+        return next(self.norm.parameters()).device
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: str = "auto", device: str | torch.device = "cpu") -> "EarlyExitLlamaForCausalLM":
@@ -92,6 +108,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         config = read_config(directory)
         with torch.device("meta"):
             causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        replace_projections(causal_lm, WorkSpace())
         tensors = read_tensors(directory)
         if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
             tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
@@ -134,7 +151,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         rope = self.rope.rows(positions_T, hidden_BTD.dtype)
         for index in range(start_layer, self.layer_count if end_layer is None else end_layer):
             if skipped is None:
-                hidden_BTD = self.source.layer(index)(
+                hidden_BTD = self.layers[index](
                     hidden_BTD, attention_mask=attention_mask, position_embeddings=rope, past_key_values=past_key_values
                 )
             else:
@@ -153,7 +170,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         """One decoder layer without the parts that `skipped` names."""
         if index in skipped.attention and index in skipped.mlp:
             return hidden_BTD
-        layer = self.source.layer(index)
+        layer: Any = self.layers[index]
         if index not in skipped.attention:
             attended, _ = layer.self_attn(
                 hidden_states=layer.input_layernorm(hidden_BTD),

@@ -73,7 +73,18 @@ def read_prompt(state: DecodeState, acceptance: Acceptance, limits: Limits) -> S
         verdict = acceptance.judge(cycle.tree, [0], logits_1V)
         keep, finish = limits.cut([], [verdict.next_token])
         state.tokens.append(verdict.next_token)
-    trace = StepTrace(True, 1, 0, keep, layer_passes=state.base.layer_count, seconds=cycle.watch.reading())
+    seconds, streamed = cycle.reading()
+    trace = StepTrace(
+        prefill=True,
+        nodes=1,
+        accepted=0,
+        committed=keep,
+        layer_passes=state.base.layer_count,
+        bytes_streamed=streamed,
+        seconds=seconds,
+        started=cycle.watch.started,
+        spans=tuple(cycle.watch.spans),
+    )
     return Step([verdict.next_token][:keep], finish, trace)
 
 
@@ -98,6 +109,7 @@ def trace_of(cycle: Cycle, nodes: Sequence[int], verdict: Verdict, keep: int) ->
     counts = Confusion(
         tp=judged.count((True, True)), fp=judged.count((True, False)), fn=judged.count((False, True)), tn=judged.count((False, False))
     )
+    seconds, streamed = cycle.reading()
     return StepTrace(
         prefill=False,
         nodes=len(nodes),
@@ -107,19 +119,29 @@ def trace_of(cycle: Cycle, nodes: Sequence[int], verdict: Verdict, keep: int) ->
         shallow_accepted=cycle.shallow_accepted,
         confusion=None if cycle.shallow_accepted is None else counts,
         layer_passes=cycle.layer_passes,
-        seconds=cycle.watch.reading(),
+        bytes_streamed=streamed,
+        seconds=seconds,
+        started=cycle.watch.started,
+        spans=tuple(cycle.watch.spans),
     )
 
 
 @torch.inference_mode()
 def stream(
-    model: MultiAdapterCATSModel, prompt_ids: Sequence[int], method: Method, config: GenerationConfig, *, stop: Stop | None = None
+    model: MultiAdapterCATSModel,
+    prompt_ids: Sequence[int],
+    method: Method,
+    config: GenerationConfig,
+    *,
+    stop: Stop | None = None,
+    acceptance: Acceptance | None = None,
 ) -> Iterator[Step]:
     """Generate step by step. Nothing survives the call: an exception, or an abandoned iterator, leaves no state behind.
 
     Args:
         prompt_ids: at least one token, and fewer than the context holds.
         stop: called after each step with the answer so far and the number of new tokens; returns how many to keep, or None.
+        acceptance: a rule to use in place of the one that `config` names.
 
     Raises:
         CatsError: the prompt is empty or does not fit, or an adapter is missing.
@@ -132,7 +154,7 @@ def stream(
     )
     limits = Limits(config, len(prompt_ids), context, stop)
     state = DecodeState(model, prompt_ids, method.adapters, len(prompt_ids) + limits.room, method.max_nodes)
-    acceptance = build_acceptance(config, model.base.device)
+    acceptance = acceptance or build_acceptance(config, model.base.device)
     step = read_prompt(state, acceptance, limits)
     method.start(state)
     yield step
@@ -149,6 +171,7 @@ def generate(
     *,
     streamer: BaseStreamer | None = None,
     stop: Stop | None = None,
+    acceptance: Acceptance | None = None,
 ) -> Generation:
     """Generate one answer; see `stream`. A transformers `streamer` gets the prompt, then each step's tokens one by one."""
     ids: list[int] = []
@@ -156,7 +179,7 @@ def generate(
     finish: str | None = None
     if streamer is not None:
         streamer.put(torch.tensor([list(prompt_ids)]))
-    for step in stream(model, prompt_ids, method, config, stop=stop):
+    for step in stream(model, prompt_ids, method, config, stop=stop, acceptance=acceptance):
         ids, traces, finish = ids + step.tokens, [*traces, step.trace], step.finish
         for token in step.tokens if streamer is not None else ():
             streamer.put(torch.tensor([token]))  # type: ignore[union-attr]

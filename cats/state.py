@@ -16,10 +16,9 @@ from cats.cats_model import MultiAdapterCATSModel
 from cats.earlyexit import SkippedParts
 from cats.kv_cache import KVCache
 from cats.masks import causal_bias, tree_bias
-from cats.trace import Stopwatch
+from cats.planning.plan import PREFILL_ROWS
+from cats.trace import StageSeconds, Stopwatch
 from cats.tree import UNKNOWN, TokenTree
-
-PREFILL_ROWS = 512
 
 
 class AdapterState:
@@ -58,6 +57,7 @@ class DecodeState:
         self.model, self.base, self.max_nodes = model, base, max_nodes
         self.exits = model.exits(adapters)
         self.tokens = list(prompt)
+        base.source.admit(capacity, max_nodes)
         self.cache = base.new_cache(capacity + max_nodes)
         like = torch.empty(0, dtype=base.dtype, device=base.device)
         self.adapters = {name: AdapterState(model.adapters[name], capacity + max_nodes, like) for name in adapters}
@@ -124,6 +124,8 @@ class Cycle:
         self.tree = TokenTree(state.tokens[-1], state.max_nodes)
         self.prefix = state.cache.length
         self.watch = Stopwatch()
+        source = state.base.source
+        self._taken_before, self._waited_before = source.bytes_taken, source.wait_seconds
         self.layer_passes = 0
         self.shallow_accepted: int | None = None
         self.shallow_verdicts: dict[int, bool] = {}
@@ -142,6 +144,12 @@ class Cycle:
         begin = time.perf_counter()
         yield
         self.watch.charge("compute", time.perf_counter() - begin)
+
+    def reading(self) -> tuple[StageSeconds, int]:
+        """Seconds and streamed bytes of this step so far."""
+        source = self.state.base.source
+        self.watch.seconds["stream_wait"] = source.wait_seconds - self._waited_before
+        return self.watch.reading(), source.bytes_taken - self._taken_before
 
     def level(self, node: int) -> int:
         """The layer that `node` has reached; 0 where it is only a token."""

@@ -15,6 +15,7 @@ class StageSeconds:
         accept: judging and committing.
         total: the whole step.
         compute: the part of `total` inside layers, adapters and lm_head; the rest is the engine's own overhead.
+        stream_wait: the part of `compute` spent waiting for streamed weights to arrive.
     """
 
     draft: float = 0.0
@@ -23,6 +24,7 @@ class StageSeconds:
     accept: float = 0.0
     total: float = 0.0
     compute: float = 0.0
+    stream_wait: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class StepTrace:
         shallow_accepted: trunk tokens that the shallow verifier agreed with before its first correction; None without one.
         confusion: see `Confusion`; None without a shallow verifier.
         layer_passes: executions of a decoder layer, however many rows each had.
+        bytes_streamed: weight bytes that this step took from the stream; 0 where all weights are resident.
         seconds: see `StageSeconds`.
+        started: when the step began, in seconds of `time.perf_counter`.
+        spans: (stage, begin, end) of everything that ran in a stage, in order, by the same clock.
     """
 
     prefill: bool
@@ -59,15 +64,19 @@ class StepTrace:
     shallow_accepted: int | None = None
     confusion: Confusion | None = None
     layer_passes: int = 0
+    bytes_streamed: int = 0
     seconds: StageSeconds = field(default_factory=StageSeconds)
+    started: float = 0.0
+    spans: tuple[tuple[str, float, float], ...] = ()
 
 
 class Stopwatch:
-    """Adds up seconds under names."""
+    """Adds up seconds under names, and keeps when each stage ran; a stage that follows on itself counts as one span."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -76,7 +85,11 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.charge(name, time.perf_counter() - begin)
+            end = time.perf_counter()
+            self.charge(name, end - begin)
+            if self.spans and self.spans[-1][0] == name:
+                begin = self.spans.pop()[1]
+            self.spans.append((name, begin, end))
 
     def charge(self, name: str, seconds: float) -> None:
         """Add to `name`."""

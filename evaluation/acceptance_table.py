@@ -27,7 +27,7 @@ from cats.errors import exit_with_sentence
 from cats.files import write_atomically
 from evaluation.eval import Asking, Contender, run_eval
 from evaluation.metrics import ModelShape, identical_answers, mean, summarise
-from evaluation.options import adapters_for, add_model_flags
+from evaluation.options import adapters_for, add_model_flags, chosen_memory
 from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
 from evaluation.processes import Processes, choose_device, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
@@ -222,7 +222,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         chat = load_chat(args.model_path, args.template)
         cells = make_cells(args, methods, chat.template)
         processes, device = start_processes(choose_device(args.device))
-        subject = load_subject(args.model_path, adapters_for(list(methods.values()), args), chat, args.dtype, device)
+        memory = chosen_memory(methods.values(), args.max_new_tokens, args)
+        subject = load_subject(args.model_path, adapters_for(list(methods.values()), args), chat, args.dtype, device, memory)
+        if args.ledger and processes.is_main_process:
+            sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
         subject.check_prompts([question for cell in cells for question in cell.questions])
         config = dataclasses.replace(config, eos_token_ids=subject.eos_token_ids)
         for cell in cells:

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import GenerationConfig as TransformersConfig
 
-from cats import CatsError, GenerationConfig, MethodConfig
+from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import parse_dtype
 from cats.errors import exit_with_sentence
 from evaluation.chat import Chat
-from evaluation.options import Adapters, adapters_for, add_model_flags
+from evaluation.options import Adapters, adapters_for, add_model_flags, chosen_memory
 from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
 from evaluation.processes import Processes, choose_device, own_share, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
@@ -131,6 +131,7 @@ class Comparison:
     args: argparse.Namespace
     methods: dict[str, MethodConfig]
     adapters: Adapters
+    memory: MemoryOptions | None
     prompts: list[Question]
     chat: Chat
     records: Path
@@ -147,7 +148,7 @@ class Comparison:
             "dtype": self.args.dtype,
             "template": self.chat.template,
             "seed": None,
-        }
+        } | ({} if self.memory is None else {"memory": dataclasses.asdict(self.memory)})
 
     @property
     def settings_file(self) -> Path:
@@ -165,7 +166,8 @@ def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
     adapters = adapters_for(list(methods.values()), args)
     prompts = select_questions(read_prompts(args.prompts), 0, args.limit)
     records = (args.output or folder / "correctness.json").with_suffix(".records.jsonl")
-    comparison = Comparison(args, methods, adapters, prompts, load_chat(args.model_path, args.template), records)
+    memory = chosen_memory(methods.values(), max(args.max_new_tokens), args)
+    comparison = Comparison(args, methods, adapters, memory, prompts, load_chat(args.model_path, args.template), records)
     check_settings(comparison.settings_file, comparison.settings, records)
     return comparison
 
@@ -173,7 +175,9 @@ def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
 def compare_all(comparison: Comparison, processes: Processes, device: torch.device) -> None:
     """One record per prompt that has none yet, shared among the processes."""
     args, chat = comparison.args, comparison.chat
-    subject = load_subject(args.model_path, comparison.adapters, chat, args.dtype, device)
+    subject = load_subject(args.model_path, comparison.adapters, chat, args.dtype, device, comparison.memory)
+    if args.ledger and processes.is_main_process:
+        sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
     reference = Reference(args.model_path, args.dtype, device, subject.eos_token_ids)
     done = {record["question_id"] for record in read_records(comparison.records)}
     waiting = [prompt for prompt in comparison.prompts if prompt.question_id not in done]

@@ -6,10 +6,12 @@ cats/config.py, so a new method brings its own. Knows no model and no file but b
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
-from cats import METHODS, CatsError, GenerationConfig, MethodConfig, build_method
+from cats import METHODS, CatsError, GenerationConfig, MemoryOptions, MethodConfig, build_method
 from cats.checkpoint import DTYPES
+from cats.memory_flags import add_memory_flags, memory_options
 from cats.methods import every_setting, flag_of, method_config, settings_of
 
 ADAPTERS = ("draft", "shallow")
@@ -35,6 +37,7 @@ def add_model_flags(parser: argparse.ArgumentParser, model_path_required: bool =
         group.add_argument(f"--{name}-layer", type=int, help=f"exit layer of the {name} adapter (default: what its config.json says)")
     group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="of weights and arithmetic (default: as stored)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is some, else cpu)")
+    add_memory_flags(parser)
     group.add_argument("--template", help="FastChat's name of the chat template, or 'tokenizer' (default: from the model)")
 
 
@@ -65,6 +68,11 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         "--typical-alpha", type=float, default=default.typical_alpha, help="typical acceptance, with --typical-tau (default: off)"
     )
     group.add_argument("--seed", type=int, default=0, help="from which every question's own seed is derived (default: %(default)s)")
+
+
+def chosen_memory(methods: Iterable[MethodConfig], max_new_tokens: int, args: argparse.Namespace) -> MemoryOptions | None:
+    """The memory options that were given, for the largest tree among `methods`; None where none was."""
+    return memory_options(args, max_new_tokens, (build_method(method).max_nodes for method in methods))
 
 
 def chosen_method(method: str, args: argparse.Namespace) -> MethodConfig:

@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 
-from cats import CatsError, Generation, GenerationConfig, MethodConfig, MultiAdapterCATSModel, StopStrings, build_method, generate, load
+from cats import (
+    CatsError,
+    Generation,
+    GenerationConfig,
+    MemoryOptions,
+    MethodConfig,
+    MultiAdapterCATSModel,
+    StopStrings,
+    build_method,
+    generate,
+    load,
+)
 from cats.checkpoint import weight_files
 from evaluation.chat import Chat, default_template, load_tokenizer
 from evaluation.metrics import ModelShape
@@ -57,7 +68,7 @@ class Subject:
             layers=base.layer_count,
             draft_exit=int(self.model.adapters["draft"].exit_layer or 0) if drafts else 0,
             draft_passes=passes if drafts else 0,
-            bytes_per_layer=sum(weight.numel() * weight.element_size() for weight in base.source.layer(0).parameters()),
+            bytes_per_layer=sum(weight.numel() * weight.element_size() for weight in base.layers[0].parameters()),
         )
 
 
@@ -67,9 +78,11 @@ def load_chat(model_path: str, template: str | None) -> Chat:
     return Chat(tokenizer, template or default_template(tokenizer, model_path))
 
 
-def load_subject(model_path: str, adapters: Adapters, chat: Chat, dtype: str, device: torch.device) -> Subject:
-    """Load base and adapters; whatever does not fit together raises `CatsError`."""
-    model = load(model_path, adapters, dtype=dtype, device=device)
+def load_subject(
+    model_path: str, adapters: Adapters, chat: Chat, dtype: str, device: torch.device, memory: MemoryOptions | None = None
+) -> Subject:
+    """Load base and adapters, within `memory` where it is given; whatever does not fit together raises `CatsError`."""
+    model = load(model_path, adapters, dtype=dtype, device=device, memory=memory)
     exits = {name: int(adapter.exit_layer or 0) for name, adapter in model.adapters.items()}
     if {"draft", "shallow"} <= exits.keys() and exits["draft"] >= exits["shallow"]:
         raise CatsError(

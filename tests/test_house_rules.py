@@ -20,8 +20,8 @@ LARGEST_FILE = 16 * 2**20
 # A module of cats/ may import from its own rank and from those above it in this list.
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "files"}),
-    frozenset({"planning", "config", "tree", "masks", "acceptance", "trace", "stopping"}),
-    frozenset({"rope", "kv_cache", "checkpoint", "adapter", "earlyexit", "cats_model", "runtime"}),
+    frozenset({"planning", "config", "memory_flags", "tree", "masks", "acceptance", "trace", "stopping"}),
+    frozenset({"rope", "kv_cache", "checkpoint", "linear", "adapter", "earlyexit", "cats_model", "runtime"}),
     frozenset({"state"}),
     frozenset({"methods"}),
     frozenset({"reference", "engine"}),

@@ -1,0 +1,52 @@
+"""The memory flags that every command shares: a budget, what it covers, an imitated flash, and the paper's way."""
+
+import argparse
+from collections.abc import Iterable
+
+from cats.config import MemoryOptions, require
+from cats.planning.plan import COVERS, parse_amount
+
+PROMPT_POSITIONS = 1024
+"""Positions planned for the prompt where --budget-positions does not say."""
+
+
+def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    """Add them to a parser; none has an effect unless it is given."""
+    group = parser.add_argument_group("memory")
+    group.add_argument("--memory-budget", help="like 8GB: what does not fit is streamed from the checkpoint (default: everything is held)")
+    group.add_argument("--budget-covers", choices=COVERS, help="the whole process, or the weights only as in the paper (default: process)")
+    group.add_argument("--flash-bandwidth", help="like 1GB/s: imitate a slower flash; figures then say so")
+    group.add_argument("--no-pinning", action="store_true", help="the paper's way: hold only the layers that drafting needs")
+    group.add_argument("--ring-buffers", type=int, help="size of the ring for streamed weights, in largest matrices (default: 3)")
+    group.add_argument(
+        "--budget-positions", type=int, help=f"prompt and answer together, at most (default: {PROMPT_POSITIONS} and --max-new-tokens)"
+    )
+    group.add_argument("--ledger", action="store_true", help="print what the budget is spent on")
+
+
+def memory_options(args: argparse.Namespace, max_new_tokens: int, nodes: Iterable[int]) -> MemoryOptions | None:
+    """The options that were given; None where none was. Contradictions raise `CatsError`.
+
+    Args:
+        nodes: of the trees that the methods to be run grow, at most.
+    """
+    given = args.memory_budget is not None or args.no_pinning
+    if not given:
+        for flag in ("budget_covers", "flash_bandwidth", "ring_buffers", "budget_positions"):
+            require(
+                getattr(args, flag) is None,
+                f"--{flag.replace('_', '-')} is about weights that are streamed; give --memory-budget or --no-pinning with it.",
+            )
+        require(not args.ledger, "--ledger shows what a budget is spent on; give --memory-budget or --no-pinning with it.")
+        return None
+    default = MemoryOptions()
+    positions = PROMPT_POSITIONS + max_new_tokens if args.budget_positions is None else args.budget_positions
+    return MemoryOptions(
+        budget_bytes=None if args.memory_budget is None else parse_amount(args.memory_budget, "--memory-budget"),
+        covers=args.budget_covers or default.covers,
+        flash_bandwidth=None if args.flash_bandwidth is None else float(parse_amount(args.flash_bandwidth, "--flash-bandwidth")),
+        pinning=not args.no_pinning,
+        ring_buffers=default.ring_buffers if args.ring_buffers is None else args.ring_buffers,
+        positions=positions,
+        nodes=max(nodes, default=default.nodes),
+    )

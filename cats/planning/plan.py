@@ -1,0 +1,245 @@
+"""Which weights stay in memory and which are streamed, for a budget: arithmetic over sizes, no torch and no files.
+
+A run holds a fixed part (interpreter, head, norms, adapters, caches, activations), the matrices of the layers
+`[0, front)` that drafting and shallow verification run on, and a ring through which everything else is streamed. What
+the budget leaves beyond that pins further matrices. They are spread evenly over the target pass, so that at any moment
+of it there is something to compute and something to read. A cyclic scan defeats any cache that evicts, so the set is fixed.
+"""
+
+from dataclasses import dataclass, field
+
+from cats.errors import CatsError
+
+PAGE = 4096
+HUGE_PAGE = 2 << 20
+COVERS = ("process", "weights")
+PREFILL_ROWS = 512
+Matrix = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model in bytes as stored, and the widths that its caches and activations follow.
+
+    Attributes:
+        matrices: name and bytes of every matrix of one decoder layer, in the order in which a layer uses them.
+        other_layer_bytes: norms and biases of one layer, always held; the model's last norm is charged as much.
+        embedding_bytes: the embedding table where it must be held; 0 where it is the head's own, or is read by rows.
+        adapter_bytes: one exit adapter, as held.
+        kv_width: kv_heads * head_dim.
+        widen_bytes: work space in which half-precision weights become float32, 0 where none do.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    kv_width: int
+    matrices: tuple[tuple[str, int], ...]
+    other_layer_bytes: int
+    lm_head_bytes: int
+    embedding_bytes: int
+    adapter_bytes: int
+    widen_bytes: int = 0
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the matrices of one decoder layer."""
+        return sum(nbytes for _, nbytes in self.matrices)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the whole base model's layers and head."""
+        return self.layers * (self.layer_bytes + self.other_layer_bytes) + self.lm_head_bytes
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of memory, whatever the budget.
+
+    Attributes:
+        front: layers [0, front) must be resident: the shallow exit of CATS, the draft exit of Kangaroo, 0 for plain decoding.
+        adapters: number of exit adapters.
+        positions: prompt and answer together, at most.
+        nodes: tree nodes, root included, at most.
+        ring_buffers: size of the ring in largest matrices; `ring_bytes`, where given, says it in bytes instead.
+        pinning: False is the paper's way: nothing beyond the front stays.
+        compute_itemsize: bytes of one number in caches and activations.
+        interpreter_bytes: the process before any weight is loaded.
+    """
+
+    front: int = 0
+    adapters: int = 0
+    positions: int = 2048
+    nodes: int = 1
+    ring_buffers: int = 3
+    ring_bytes: int | None = None
+    pinning: bool = True
+    compute_itemsize: int = 4
+    interpreter_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A division of the weights that fits.
+
+    Attributes:
+        demand: what was asked.
+        budget_bytes: None: no limit, everything resident.
+        covers: "process", or "weights": the paper's way, which leaves out interpreter, caches and activations.
+        pinned: matrices held, those of the front included.
+        streamed: matrices read once per target pass, in the order of use.
+        ring_bytes: 0 where nothing is streamed.
+        charges: what each part of memory was charged with; sums to at most the budget.
+    """
+
+    demand: Demand
+    budget_bytes: int | None
+    covers: str
+    pinned: frozenset[Matrix]
+    streamed: tuple[Matrix, ...]
+    ring_bytes: int
+    streamed_bytes: int
+    charges: tuple[tuple[str, int], ...] = field(default=())
+
+    @property
+    def charged(self) -> int:
+        """Bytes charged in all."""
+        return sum(nbytes for _, nbytes in self.charges)
+
+
+def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, covers: str = "process") -> MemoryPlan:
+    """The plan that keeps the most within `budget_bytes` (None: everything); raises `CatsError` where the demand does not fit."""
+    if covers not in COVERS:
+        raise CatsError(f"a budget covers {' or '.join(COVERS)}, not {covers!r}.")
+    fixed = fixed_charges(sizes, demand, covers)
+    every = [(layer, name) for layer in range(sizes.layers) for name, _ in sizes.matrices]
+    bytes_of = dict(sizes.matrices)
+    total = sum(held(bytes_of[name], covers) for _, name in every)
+    front = [matrix for matrix in every if matrix[0] < demand.front]
+    behind = every[len(front) :]
+    limit = float("inf") if budget_bytes is None else budget_bytes
+    if demand.pinning and sum(nbytes for _, nbytes in fixed) + arena(total, covers) <= limit:
+        return MemoryPlan(demand, budget_bytes, covers, frozenset(every), (), 0, 0, (*fixed, ("all layers", arena(total, covers))))
+    ring = ring_bytes(sizes, demand)
+    front_bytes = arena(sum(held(bytes_of[name], covers) for _, name in front), covers)
+    needed = [*fixed, (f"layers [0, {demand.front})", front_bytes), ("ring", arena(ring, covers))]
+    left = limit - sum(nbytes for _, nbytes in needed)
+    if left < 0:
+        raise CatsError(refusal(sizes, demand, int(limit), covers, needed))
+    room = int(left) // arena(1, covers) * arena(1, covers) if demand.pinning else 0
+    extra = spread([(matrix, held(bytes_of[matrix[1]], covers)) for matrix in behind], room)
+    streamed = tuple(matrix for matrix in behind if matrix not in extra)
+    extra_bytes = sum(held(bytes_of[name], covers) for _, name in extra)
+    charges = (*needed, *([("pinned behind the front", arena(extra_bytes, covers))] if extra else []))
+    streamed_bytes = sum(bytes_of[name] for _, name in streamed)
+    return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, streamed_bytes, charges)
+
+
+def fixed_charges(sizes: ModelSizes, demand: Demand, covers: str) -> list[tuple[str, int]]:
+    """What every plan holds, whatever is streamed."""
+    weights = [
+        ("lm_head", held(sizes.lm_head_bytes, covers)),
+        ("embedding table", held(sizes.embedding_bytes, covers)),
+        ("norms and biases", (sizes.layers + 1) * sizes.other_layer_bytes),
+        ("adapters", demand.adapters * sizes.adapter_bytes),
+    ]
+    working = [
+        ("interpreter and libraries", demand.interpreter_bytes),
+        ("widening", sizes.widen_bytes),
+        ("KV caches", kv_bytes(sizes, demand)),
+        ("activations", activation_bytes(sizes, demand)),
+    ]
+    return [(name, nbytes) for name, nbytes in weights + (working if covers == "process" else []) if nbytes]
+
+
+def kv_bytes(sizes: ModelSizes, demand: Demand) -> int:
+    """Keys and values of the base's layers and of every adapter, for all positions and nodes."""
+    slots = demand.positions + demand.nodes
+    return 2 * sizes.kv_width * slots * demand.compute_itemsize * (sizes.layers + demand.adapters)
+
+
+def activation_bytes(sizes: ModelSizes, demand: Demand) -> int:
+    """An upper estimate of everything else that a pass holds: states, attention over the whole cache, logits of all nodes."""
+    rows = max(demand.nodes, min(PREFILL_ROWS, demand.positions))
+    slots = demand.positions + demand.nodes
+    per_row = 10 * sizes.hidden + 6 * sizes.intermediate + 2 * slots
+    return demand.compute_itemsize * (rows * per_row + 4 * slots * sizes.hidden + 4 * (demand.nodes + 1) * sizes.vocab)
+
+
+def ring_bytes(sizes: ModelSizes, demand: Demand) -> int:
+    """Bytes of the ring: what was said, or so many of the largest matrix's windows."""
+    largest = max(window(nbytes) for _, nbytes in sizes.matrices)
+    return demand.ring_buffers * largest if demand.ring_bytes is None else demand.ring_bytes
+
+
+def window(nbytes: int) -> int:
+    """Bytes of the page-aligned stretch of a file around a tensor that may begin anywhere in a page."""
+    return -(-nbytes // PAGE) * PAGE + PAGE
+
+
+def held(nbytes: int, covers: str) -> int:
+    """What a resident tensor is charged: its window in memory, or (budget of weights) its own bytes."""
+    return window(nbytes) if covers == "process" and nbytes else nbytes
+
+
+def arena(nbytes: int, covers: str) -> int:
+    """What a preallocated block is charged: whole huge pages, or (budget of weights) its own bytes."""
+    return -(-nbytes // HUGE_PAGE) * HUGE_PAGE if covers == "process" else nbytes
+
+
+def spread(matrices: list[tuple[Matrix, int]], room: int) -> frozenset[Matrix]:
+    """Choose matrices of at most `room` bytes in all, evenly along the list; then fill what is left with whatever fits."""
+    total = sum(nbytes for _, nbytes in matrices)
+    chosen: set[Matrix] = set()
+    quota = left = min(room, total)
+    share, credit = (quota / total if total else 0.0), 0.0
+    for matrix, nbytes in matrices:
+        credit += nbytes * share
+        if credit >= nbytes / 2 and nbytes <= left:
+            chosen.add(matrix)
+            credit -= nbytes
+            left -= nbytes
+    for matrix, nbytes in sorted(matrices, key=lambda entry: -entry[1]):
+        if matrix not in chosen and nbytes <= left:
+            chosen.add(matrix)
+            left -= nbytes
+    return frozenset(chosen)
+
+
+def refusal(sizes: ModelSizes, demand: Demand, budget_bytes: int, covers: str, needed: list[tuple[str, int]]) -> str:
+    """The sentence of a budget that is too small."""
+    parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in sorted(needed, key=lambda entry: -entry[1]) if nbytes)
+    what = "the whole process" if covers == "process" else "the weights"
+    needs = amount(sum(nbytes for _, nbytes in needed)) + (f" with layers [0, {demand.front}) resident" if demand.front else "")
+    advice = "raise --memory-budget"
+    if demand.front:
+        advice += f", or use an earlier exit (each layer holds {amount(sizes.layer_bytes)})"
+    if demand.ring_buffers > 1 and demand.ring_bytes is None:
+        advice += ", or lower --ring-buffers"
+    if covers == "process" and demand.positions > PREFILL_ROWS:
+        advice += ", or lower --budget-positions"
+    return f"{what} needs at least {needs}; the budget is {amount(budget_bytes)} ({parts}); {advice}."
+
+
+def amount(nbytes: int) -> str:
+    """Bytes as a reader wants them: GB (1e9), or smaller units where that says more."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3f} {unit}"
+    return f"{nbytes} bytes"
+
+
+def parse_amount(text: str, what: str) -> int:
+    """Bytes of "8GB", "1.5 GB", "500MB", "2GiB", "4096"; raises `CatsError` naming `what`."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+    cleaned = text.strip().upper().removesuffix("/S").strip()
+    digits = cleaned.rstrip("KMGIB ")
+    unit = cleaned[len(digits) :].strip()
+    try:
+        value = float(digits) * units[unit]
+    except (ValueError, KeyError) as error:
+        raise CatsError(f"{what} {text!r} is no amount of bytes; write it like 8GB, 500MB or 2GiB.") from error
+    if not 0 < value < 2**60:
+        raise CatsError(f"{what} {text!r} must be above 0 and no more than an exabyte.")
+    return round(value)

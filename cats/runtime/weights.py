@@ -1,0 +1,278 @@
+"""A base model under a memory plan: what stays is read into arenas once, the rest passes through the ring in every pass.
+
+Weights are held and streamed as they are stored; what becomes of half precision is `cats/linear.py`'s matter. The
+embedding table is not held: its rows are read when their tokens occur (unless it is the head as well).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from cats.adapter import AdapterModel
+from cats.checkpoint import TensorPlace, check_tensors, locate_tensors, parse_dtype
+from cats.config import MemoryOptions
+from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config, usable_context
+from cats.errors import CatsError
+from cats.kv_cache import head_dim
+from cats.linear import BLOCK, Linear, WorkSpace, replace_projections
+from cats.planning.plan import Demand, MemoryPlan, ModelSizes, held, plan_memory
+from cats.runtime.arena import Arena
+from cats.runtime.budget import Ledger
+from cats.runtime.direct_file import DirectFile, read_tensor_into, tensor_in_window, window, window_bytes
+from cats.runtime.link import Link, check_rate, measure_read_rate
+from cats.runtime.streamer import Streamed, Streamer
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+MATRICES = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+"""The matrices of a decoder layer, in the order in which transformers' layers use them."""
+
+
+def tensor_name(layer: int, matrix: str) -> str:
+    """Name on disk."""
+    return f"model.layers.{layer}.{matrix}.weight"
+
+
+class PlannedWeights:
+    """The weights of a model under a memory plan (a `WeightSource`).
+
+    Attributes:
+        plan: which matrices are held, which streamed.
+        ledger: what was granted and taken.
+        streamer: None where nothing is streamed.
+        bytes_taken: bytes that passes have taken from flash: windows of streamed matrices, and rows of the embedding table.
+        wait_seconds: time that passes have waited for streamed matrices.
+    """
+
+    def __init__(self, places: Mapping[str, TensorPlace], plan: MemoryPlan, flash_bandwidth: float | None, device: torch.device):
+        self.plan, self.ledger, self.device = plan, Ledger(plan), device
+        self.bytes_taken, self.wait_seconds = 0, 0.0
+        self.places = places
+        self._files: dict[Path, DirectFile] = {}
+        self.streamer: Streamer | None = None
+        self._copy: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if plan.streamed:
+            if flash_bandwidth is not None:
+                check_rate(flash_bandwidth, measure_read_rate(places[tensor_name(*plan.streamed[0])].path))
+            order = [Streamed(name, places[name]) for name in (tensor_name(*matrix) for matrix in plan.streamed)]
+            self.streamer = Streamer(order, plan.ring_bytes, Link(flash_bandwidth))
+            self.ledger.charge("ring", plan.ring_bytes)
+            if device.type == "cuda":
+                self._copy = SideStreamCopy(device, self.streamer.arena)
+
+    def admit(self, positions: int, nodes: int) -> None:
+        """See `WeightSource`."""
+        demand = self.plan.demand
+        if self.plan.budget_bytes is None or self.plan.covers == "weights":
+            return
+        if positions > demand.positions:
+            raise CatsError(
+                f"prompt and answer may take {positions} positions and the memory plan holds {demand.positions}; "
+                f"give --budget-positions {positions}, or a shorter answer."
+            )
+        if nodes > demand.nodes:
+            raise CatsError(
+                f"this method grows trees of up to {nodes} nodes and the memory plan holds {demand.nodes}; give it a smaller tree, "
+                f"or load the model with nodes={nodes}."
+            )
+
+    def report(self) -> list[str]:
+        """See `WeightSource`."""
+        return self.ledger.lines()
+
+    def held(self, name: str, grant: str) -> nn.Parameter:
+        """Read a matrix that stays, as stored, onto the compute device; it is charged to `grant`."""
+        place = self.places[name]
+        self.ledger.charge(grant, held(place.nbytes, self.plan.covers))
+        return nn.Parameter(self._read(name).to(self.device), requires_grad=False)
+
+    def small(self, name: str, dtype: torch.dtype) -> nn.Parameter:
+        """Read a norm or a bias in the dtype of the arithmetic."""
+        tensor = self._read(name).to(self.device, dtype, copy=True)
+        self.ledger.charge("norms and biases", tensor.nbytes)
+        return nn.Parameter(tensor, requires_grad=False)
+
+    def _read(self, name: str) -> torch.Tensor:
+        place = self.places[name]
+        return read_tensor_into(self.file(place.path), place, Arena(window_bytes(place)), 0, name)
+
+    def file(self, path: Path) -> DirectFile:
+        """The open file; one descriptor each."""
+        if path not in self._files:
+            self._files[path] = DirectFile(path)
+        return self._files[path]
+
+    @contextmanager
+    def taking(self, name: str) -> Iterator[torch.Tensor]:
+        """A streamed matrix on the compute device, while it is being used."""
+        streamer = self.streamer
+        if streamer is None:
+            raise RuntimeError(f"{name} is held, not streamed")
+        waited = streamer.wait_seconds
+        with streamer.tensor(name) as weight:
+            self.wait_seconds += streamer.wait_seconds - waited
+            self.bytes_taken += window_bytes(self.places[name])
+            yield weight if self._copy is None else self._copy(weight)
+
+    def close(self) -> None:
+        """End the reader and close the files."""
+        if self.streamer is not None:
+            self.streamer.close()
+        for file in self._files.values():
+            file.close()
+
+
+class SideStreamCopy:
+    """Copies of a registered (page-locked) host arena to a CUDA device, on a stream of their own."""
+
+    def __init__(self, device: torch.device, arena: Arena):
+        self.device, self._stream = device, torch.cuda.Stream(device)
+        address = arena.tensor(0, torch.uint8, (1,)).data_ptr()
+        status = torch.cuda.cudart().cudaHostRegister(address, arena.nbytes, 0)
+        if int(status) != 0:
+            raise CatsError(f"CUDA could not register {arena.nbytes} bytes of host memory (error {int(status)}); lower --ring-buffers.")
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight on the device; when this returns the host's place is free again."""
+        with torch.cuda.stream(self._stream):
+            copy = weight.to(self.device, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        copy.record_stream(torch.cuda.current_stream(self.device))
+        done.synchronize()
+        return copy
+
+
+class EmbeddingRows(nn.Module):
+    """An embedding table whose rows are read from the checkpoint when they are asked for."""
+
+    def __init__(self, place: TensorPlace, source: PlannedWeights, dtype: torch.dtype):
+        super().__init__()
+        self._place, self._source, self._dtype = place, source, dtype
+        self._row_bytes = place.nbytes // place.shape[0]
+        self._arena = Arena(self._row_bytes + 2 * 4096)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [..] -> states [.., D] in the compute dtype."""
+        tokens = ids.reshape(-1).tolist()
+        rows = {token: self._row(token) for token in dict.fromkeys(tokens)}
+        return torch.stack([rows[token] for token in tokens]).to(self._source.device).view(*ids.shape, -1)
+
+    def _row(self, token: int) -> torch.Tensor:
+        table = self._place
+        row = TensorPlace(table.path, table.offset + token * self._row_bytes, self._row_bytes, table.dtype, table.shape[1:])
+        start, length = window(row.offset, row.nbytes)
+        needed = row.offset + row.nbytes - start
+        self._source.file(row.path).read_into(self._arena.view[:length], start, needed, "a row of the embedding table")
+        self._source.bytes_taken += length
+        return tensor_in_window(self._arena, 0, row).to(self._dtype, copy=True)
+
+
+class HeldEmbedding(nn.Module):
+    """An embedding table in memory, perhaps narrower than the arithmetic."""
+
+    def __init__(self, weight_VD: nn.Parameter, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self._dtype = weight_VD, dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [..] -> states [.., D] in the compute dtype."""
+        return nn.functional.embedding(ids, self.weight).to(self._dtype)
+
+
+def load_planned(
+    directory: str | Path, dtype: str, device: torch.device, memory: MemoryOptions, adapters: Sequence[AdapterModel], interpreter: int
+) -> EarlyExitLlamaForCausalLM:
+    """Load a checkpoint under `memory`; raises `CatsError` before anything large is read where it cannot fit.
+
+    Args:
+        adapters: those that will be attached; the layers below the latest of their exits stay resident, since drafting and shallow
+            verification run on them.
+        interpreter: bytes that the process needs by itself.
+    """
+    config = read_config(directory)
+    places = locate_tensors(directory)
+    if config.tie_word_embeddings and EMBEDDING in places:
+        places.setdefault(HEAD, places[EMBEDDING])
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    wanted = {name: tensor.shape for name, tensor in causal_lm.state_dict().items()}
+    found = {name: place.shape for name, place in places.items()}
+    names = check_tensors(wanted, found, f"the checkpoint in {directory}", ignored=("rotary_emb.inv_freq",))
+    compute = parse_dtype(dtype, places[HEAD].dtype)
+    sizes = model_sizes(config, places, adapters, compute)
+    demand = Demand(
+        front=max((adapter.exit_layer or 0 for adapter in adapters), default=0),
+        adapters=len(adapters),
+        positions=min(memory.positions, usable_context(config)),
+        nodes=memory.nodes,
+        ring_buffers=memory.ring_buffers,
+        pinning=memory.pinning,
+        compute_itemsize=compute.itemsize,
+        interpreter_bytes=interpreter,
+    )
+    plan = plan_memory(sizes, demand, memory.budget_bytes, memory.covers)
+    source = PlannedWeights(places, plan, memory.flash_bandwidth, device)
+    place_weights(causal_lm, names, source, compute)
+    return EarlyExitLlamaForCausalLM(causal_lm, config, compute, source).eval()
+
+
+def place_weights(causal_lm: Any, names: Iterable[str], source: PlannedWeights, compute: torch.dtype) -> None:
+    """Fill a model built on the meta device: matrices held or streamed, norms and biases in the compute dtype."""
+    replace_projections(causal_lm, WorkSpace())
+    grants = grants_of(source.plan)
+    for name in names:
+        module, _, parameter = name.rpartition(".")
+        owner = causal_lm.get_submodule(module)
+        if name in grants:
+            owner.weight = source.held(name, grants[name])
+        elif isinstance(owner, Linear) and parameter == "weight" and name != HEAD:
+            owner.fetch = partial(source.taking, name)
+        elif name not in (HEAD, EMBEDDING):
+            setattr(owner, parameter, source.small(name, compute))
+    causal_lm.lm_head.weight = source.held(HEAD, "lm_head")
+    if source.places[EMBEDDING] == source.places[HEAD]:
+        causal_lm.model.embed_tokens = HeldEmbedding(causal_lm.lm_head.weight, compute)
+    else:
+        causal_lm.model.embed_tokens = EmbeddingRows(source.places[EMBEDDING], source, compute)
+
+
+def grants_of(plan: MemoryPlan) -> dict[str, str]:
+    """Name of every held matrix of a layer -> the grant that it is charged to."""
+    if not plan.streamed:
+        return {tensor_name(*matrix): "all layers" for matrix in plan.pinned}
+    front = plan.demand.front
+    in_front, behind = f"layers [0, {front})", "pinned behind the front"
+    return {tensor_name(layer, matrix): in_front if layer < front else behind for layer, matrix in plan.pinned}
+
+
+def model_sizes(
+    config: PretrainedConfig, places: Mapping[str, TensorPlace], adapters: Sequence[AdapterModel], compute: torch.dtype
+) -> ModelSizes:
+    """Sizes of a checkpoint as stored; layers are equal, so the first speaks for all."""
+    of_layer = {name.removeprefix("model.layers.0."): place for name, place in places.items() if name.startswith("model.layers.0.")}
+    matrices = tuple((matrix, of_layer[f"{matrix}.weight"].nbytes) for matrix in MATRICES)
+    small = [place for name, place in of_layer.items() if name.removesuffix(".weight") not in MATRICES]
+    widens = any(place.dtype != compute for place in places.values())
+    largest = max(place.nbytes // place.dtype.itemsize for place in (*of_layer.values(), places[HEAD]))
+    return ModelSizes(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        kv_width=config.num_key_value_heads * head_dim(config),
+        matrices=matrices,
+        other_layer_bytes=sum(place.nbytes // place.dtype.itemsize * compute.itemsize for place in small),
+        lm_head_bytes=places[HEAD].nbytes,
+        embedding_bytes=0,
+        adapter_bytes=max((adapter.nbytes for adapter in adapters), default=0),
+        widen_bytes=min(BLOCK, largest) * compute.itemsize if widens else 0,
+    )
