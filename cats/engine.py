@@ -172,8 +172,12 @@ def generate(
     streamer: BaseStreamer | None = None,
     stop: Stop | None = None,
     acceptance: Acceptance | None = None,
+    on_step: Callable[[StepTrace], object] | None = None,
 ) -> Generation:
-    """Generate one answer; see `stream`. A transformers `streamer` gets the prompt, then each step's tokens one by one."""
+    """Generate one answer; see `stream`. A transformers `streamer` gets the prompt, then each step's tokens one by one.
+
+    `on_step` is called with the trace of every step when it is done.
+    """
     ids: list[int] = []
     traces: list[StepTrace] = []
     finish: str | None = None
@@ -181,6 +185,8 @@ def generate(
         streamer.put(torch.tensor([list(prompt_ids)]))
     for step in stream(model, prompt_ids, method, config, stop=stop, acceptance=acceptance):
         ids, traces, finish = ids + step.tokens, [*traces, step.trace], step.finish
+        if on_step is not None:
+            on_step(step.trace)
         for token in step.tokens if streamer is not None else ():
             streamer.put(torch.tensor([token]))  # type: ignore[union-attr]
     if streamer is not None:

@@ -5,7 +5,8 @@
     accelerate launch --multi_gpu --num_processes 2 -m evaluation.CATS_dynamic ...   (questions shared; with --device cpu too)
 
 Writes `<output-dir>/<run>.jsonl` (answers), `<run>.settings.json` (what they were made with), with --baseline
-`<run>.baseline.jsonl` (plain decoding of the same questions, in turns), and `verification_metrics.json` over all runs.
+`<run>.baseline.jsonl` (plain decoding of the same questions, in turns), and `verification_metrics.json` over all runs;
+with --trace-file a line per cycle beside them.
 Turns flags into fields and fields into files; decoding is in cats/, the loop over questions in eval.py.
 """
 
@@ -22,12 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from cats import (
     METHODS,
     AutoregressiveConfig,
     CatsError,
     Generation,
     GenerationConfig,
+    MemoryOptions,
     MethodConfig,
     MultiAdapterCATSModel,
     build_method,
@@ -36,6 +40,7 @@ from cats import (
 from cats.errors import exit_with_sentence
 from evaluation.chat import Chat
 from evaluation.eval import Asking, Contender, Forward, run_eval
+from evaluation.live_view import LiveView, check_trace_place
 from evaluation.metrics import compare, summarise
 from evaluation.options import (
     Adapters,
@@ -43,6 +48,7 @@ from evaluation.options import (
     add_generation_flags,
     add_method_flags,
     add_model_flags,
+    chosen_memory,
     chosen_method,
     generation_config,
 )
@@ -72,6 +78,7 @@ class Plan:
     method: MethodConfig
     adapters: Adapters
     config: GenerationConfig
+    memory: MemoryOptions | None
     questions: list[Question]
     source: QuestionFile
     output: Path
@@ -119,6 +126,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--baseline", action="store_true", help="answer the same questions by plain decoding too, in turns; report the speed-up"
     )
     group.add_argument("--keep-going", action="store_true", help="record a failing question as failed instead of stopping")
+    group = parser.add_argument_group("live view")
+    group.add_argument("--live", action="store_true", help="show every cycle as a row: seconds by stage, megabytes read, tokens")
+    group.add_argument(
+        "--trace-file", type=Path, metavar="FILE.jsonl", help="add a line per cycle; `python -m evaluation.live_view` shows and draws them"
+    )
     return parser.parse_args(argv)
 
 
@@ -127,17 +139,21 @@ def make_plan(args: argparse.Namespace) -> Plan:
     method = chosen_method(args.method, args)
     adapters = adapters_for([method], args)
     config = generation_config(args)
+    memory = chosen_memory([method], config.max_new_tokens, args)
     if args.num_runs < 1:
         raise CatsError(f"--num-runs is {args.num_runs}; it must be at least 1.")
     if args.baseline and isinstance(method, AutoregressiveConfig):
         raise CatsError("--baseline compares with plain decoding, and --method autoregressive is plain decoding; leave one of them out.")
     output = output_directory(args)
+    if args.trace_file is not None:
+        check_trace_place(args.trace_file)
     source = QuestionFile(Path(args.question_file)) if args.question_file else resolve_bench(args.bench_name)
     questions = select_questions(read_questions(source.path), args.question_begin, args.question_end)
     chat = load_chat(args.model_path, args.template)
-    plan = Plan(
-        args, method, adapters, config, questions, source, output, chat, run_settings(args, method, adapters, config, source.path, chat)
-    )
+    settings = run_settings(args, method, adapters, config, source.path, chat)
+    if memory is not None:
+        settings["memory"] = dataclasses.asdict(memory)
+    plan = Plan(args, method, adapters, config, memory, questions, source, output, chat, settings)
     for run in range(args.num_runs):
         check_settings(plan.settings_file(run), plan.settings_of(run), plan.answers(run))
     return plan
@@ -181,19 +197,28 @@ def run_settings(
 
 def answer_all(plan: Plan, subject: Subject, processes: Processes) -> None:
     """Every run over every question; what is answered already stays as it is."""
+    view = live_view(plan, subject, processes)
     for run in range(plan.args.num_runs):
-        contenders = [Contender(plan.args.model_id, forward_of(subject, plan.method), plan.answers(run))]
+        contenders = [Contender(plan.args.model_id, forward_of(subject, plan.method, view), plan.answers(run))]
         if plan.args.baseline:
-            plain = forward_of(subject, AutoregressiveConfig())
+            plain = forward_of(subject, AutoregressiveConfig(), view)
             contenders.append(Contender(f"{plan.args.model_id}.baseline", plain, plan.baseline(run)))
         config = dataclasses.replace(plan.config, eos_token_ids=subject.eos_token_ids)
-        asking = Asking(subject.chat, config, plan.args.seed, run, plan.args.keep_going)
+        asking = Asking(subject.chat, config, plan.args.seed, run, plan.args.keep_going, view)
         run_eval(contenders, plan.questions, asking, processes, on_start=functools.partial(plan.write_settings, run))
 
 
-def forward_of(subject: Subject, method: MethodConfig) -> Forward:
-    """A method as the decoding function that the harness asks for."""
-    return lambda prompt_ids, config: subject.answer(prompt_ids, method, config)
+def live_view(plan: Plan, subject: Subject, processes: Processes) -> LiveView | None:
+    """What shows the cycles, if that was asked for; rows come from the first process only, above its progress bar."""
+    show = functools.partial(tqdm.write, file=sys.stderr) if plan.args.live and processes.is_main_process else None
+    if show is None and plan.args.trace_file is None:
+        return None
+    return LiveView(show, plan.args.trace_file, getattr(subject.model.base.source, "streamer", None))
+
+
+def forward_of(subject: Subject, method: MethodConfig, view: LiveView | None) -> Forward:
+    """A method as the decoding function that the harness asks for; the view sees each step as it is done."""
+    return lambda prompt_ids, config: subject.answer(prompt_ids, method, config, view.step if view is not None else None)
 
 
 def metrics_of(plan: Plan, subject: Subject) -> dict[str, Any]:
@@ -238,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes, device = start_processes(choose_device(plan.args.device))
     if processes.is_main_process:
         sys.stderr.write(f"{len(plan.questions)} questions of {plan.source.description}\n")
-    subject = load_subject(plan.args.model_path, plan.adapters, plan.chat, plan.args.dtype, device)
+    subject = load_subject(plan.args.model_path, plan.adapters, plan.chat, plan.args.dtype, device, plan.memory)
+    if plan.args.ledger and processes.is_main_process:
+        sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
     if not plan.args.keep_going:
         subject.check_prompts(plan.questions)
     answer_all(plan, subject, processes)

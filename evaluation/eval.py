@@ -13,7 +13,7 @@ import hashlib
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from evaluation.record_file import Record, append_record, read_records, rewrite_
 QUESTION_FAILURES = (CatsError, RuntimeError, ValueError, IndexError, MemoryError)
 WARM_UP_TOKENS = 32
 Forward = Callable[[list[int], GenerationConfig], Generation]
-STEP_VALUES = ("nodes", "accepted", "committed", "shallow_accepted", "layer_passes")
+STEP_VALUES = ("nodes", "accepted", "committed", "shallow_accepted", "layer_passes", "bytes_streamed")
 
 
 class Dialogue(Protocol):
@@ -41,6 +41,18 @@ class Dialogue(Protocol):
 
     def text(self, ids: Sequence[int]) -> str:
         """Answer ids as text."""
+        ...
+
+
+class Watcher(Protocol):
+    """Is told what is being answered; `evaluation.live_view.LiveView` is one."""
+
+    def begin_turn(self, label: Mapping[str, Any]) -> None:
+        """A turn is about to be answered; the label has its model_id, run, question_id and turn."""
+        ...
+
+    def end_turn(self, generation: Generation) -> None:
+        """It is answered."""
         ...
 
 
@@ -62,6 +74,7 @@ class Asking:
     seed: int = 0
     run: int = 0
     keep_going: bool = False
+    watcher: Watcher | None = None
 
 
 def run_eval(
@@ -89,11 +102,10 @@ def run_eval(
     if missing and on_start is not None and processes.is_main_process:
         on_start()
     processes.wait_for_everyone()
-    for place, (question, waiting) in enumerate(
-        tqdm(mine, desc=contenders[0].model_id, unit="question", disable=not processes.is_main_process)
-    ):
-        for contender in waiting if place % 2 == 0 else reversed(waiting):
-            append_record(contender.answers, ask(contender, question, asking))
+    with tqdm(mine, desc=contenders[0].model_id, unit="question", disable=not processes.is_main_process) as bar:
+        for place, (question, waiting) in enumerate(bar):
+            for contender in waiting if place % 2 == 0 else reversed(waiting):
+                append_record(contender.answers, ask(contender, question, asking))
     processes.wait_for_everyone()
     if processes.is_main_process:
         for contender in contenders:
@@ -117,7 +129,8 @@ def answered_ids(path: Path) -> set[QuestionId]:
 
 def warm_up(contenders: Sequence[Contender], question: Question, asking: Asking) -> None:
     """Ask for a few tokens, unrecorded: first-call costs fall here, and so do faults of the set-up."""
-    short = replace(asking, config=replace(asking.config, max_new_tokens=min(WARM_UP_TOKENS, asking.config.max_new_tokens)))
+    config = replace(asking.config, max_new_tokens=min(WARM_UP_TOKENS, asking.config.max_new_tokens))
+    short = replace(asking, config=config, watcher=None)
     for contender in contenders:
         ask(contender, replace(question, turns=question.turns[:1]), short)
 
@@ -131,9 +144,13 @@ def ask(contender: Contender, question: Question, asking: Asking) -> Record:
         for turn in range(len(question.turns)):
             prompt_ids = asking.dialogue.prompt_ids(question.turns[: turn + 1], answers)
             config = replace(asking.config, seed=question_seed(asking.seed, asking.run, question.question_id, turn))
+            if asking.watcher is not None:
+                asking.watcher.begin_turn(turn_label(contender, question, asking, turn))
             begin = time.perf_counter()
             generation = contender.forward(prompt_ids, config)
             turns.append((generation, time.perf_counter() - begin))
+            if asking.watcher is not None:
+                asking.watcher.end_turn(generation)
             answers.append(asking.dialogue.text(generation.ids))
     except QUESTION_FAILURES as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -141,6 +158,11 @@ def ask(contender: Contender, question: Question, asking: Asking) -> Record:
             raise CatsError(f"question {question.question_id!r} failed with {contender.model_id}: {cause}") from error
         return {**stamp, "failed": cause}
     return {**stamp, "answer_id": uuid.uuid4().hex, "choices": [choice_record(turns, answers)]}
+
+
+def turn_label(contender: Contender, question: Question, asking: Asking, turn: int) -> Record:
+    """What a watcher is told of a turn."""
+    return {"model_id": contender.model_id, "run": asking.run, "question_id": question.question_id, "turn": turn}
 
 
 def question_seed(seed: int, run: int, question_id: QuestionId, turn: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
-STAGES = ("draft", "shallow", "target", "accept", "total", "compute")
+STAGES = ("draft", "shallow", "target", "accept", "total", "compute", "stream_wait")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,17 @@ def layer_passes_per_token(records: Iterable[Record]) -> float | None:
     return ratio(sum(per_step(records, "layer_passes")), sum(per_step(records, "committed")))
 
 
+def bytes_streamed_per_token(records: Iterable[Record]) -> float | None:
+    """Weight bytes taken from the stream, counted, by committed tokens; prefill excluded; 0 where all weights were resident.
+
+    None where some of the records do not say it.
+    """
+    turns = list(steps_of_turns(records))
+    if not all("bytes_streamed" in steps for steps in turns):
+        return None
+    return ratio(sum(sum(steps["bytes_streamed"]) for steps in turns), sum(sum(steps["committed"]) for steps in turns))
+
+
 def formula_layer_passes(shape: ModelShape) -> int:
     """Layer passes of one full cycle, n*d + (L - d), without what corrections cost."""
     return shape.draft_passes * shape.draft_exit + (shape.layers - shape.draft_exit)
@@ -143,9 +154,9 @@ def repeated_ngram_share(answers: Iterable[Sequence[int]], size: int = 4) -> flo
 
 
 def stage_seconds(records: Iterable[Record]) -> dict[str, float]:
-    """Seconds by stage, summed over all steps but the prefill."""
+    """Seconds by stage, summed over all steps but the prefill; records from before a stage was measured have none of it."""
     lists = list(steps_of_turns(records))
-    return {stage: sum(sum(steps["seconds"][stage]) for steps in lists) for stage in STAGES}
+    return {stage: sum(sum(steps["seconds"].get(stage, ())) for steps in lists) for stage in STAGES}
 
 
 def accepted_kinds(records: Iterable[Record]) -> dict[str, int]:
@@ -175,6 +186,7 @@ def summarise(records: Iterable[Record], shape: ModelShape) -> dict[str, Any]:
         "tokens_per_second": tokens_per_second(records),
         "layer_passes_per_token": layer_passes_per_token(records),
         "layer_passes_per_token_formula": ratio(formula_layer_passes(shape), length or 0),
+        "bytes_streamed_per_token": bytes_streamed_per_token(records),
         "paper_bytes_per_token": paper_bytes_per_token(shape, length),
         "repeated_4gram_share": repeated_ngram_share(turn_values(records, "ids")),
         "seconds": stage_seconds(records),

@@ -2,13 +2,15 @@
 
 Knows nothing of what a record holds beyond the key it is found by. A record is one line; each append is flushed to the
 disk before it returns, so a kill loses at most the record that was being made. Several processes may append to one file.
+An `OSError` of a write names the file.
 """
 
 import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +42,40 @@ def _parse(line: str, number: int, path: Path) -> Record:
     return record
 
 
-def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write one record behind the last whole one and flush it to the disk; a torn line of an earlier kill is cut off first.
+def append_record(path: Path, record: Mapping[str, Any], durable: bool = True) -> None:
+    """Write one record behind the last whole one and, if `durable`, flush it to the disk; a torn line of an earlier kill is cut off first.
 
     Nothing half written stays when the disk is full: the file is cut back to its whole records.
     """
     data = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        end = _end_of_whole_lines(descriptor)
-        os.ftruncate(descriptor, end)
+    with _naming(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _write_all(descriptor, data, end)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _append(descriptor, data, durable)
+        finally:
+            os.close(descriptor)
+
+
+def _append(descriptor: int, data: bytes, durable: bool) -> None:
+    end = _end_of_whole_lines(descriptor)
+    os.ftruncate(descriptor, end)
+    try:
+        _write_all(descriptor, data, end)
+        if durable:
             os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, end)
-            raise
-    finally:
-        os.close(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, end)
+        raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an `OSError` of the block name the file, which calls on descriptors do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:
@@ -82,14 +99,16 @@ def _end_of_whole_lines(descriptor: int) -> int:
 def rewrite_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replace the file by these records, atomically."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    with _naming(path):
+        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically, indented, with lists of plain numbers on one line."""
     text = json.dumps(content, ensure_ascii=False, indent=2)
     text = re.sub(r"\[\n\s+(-?[\d.eE+-]+(?:,\n\s+-?[\d.eE+-]+)*)\n\s+\]", lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
-    write_atomically(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+    with _naming(path):
+        write_atomically(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
 
 
 def check_settings(path: Path, settings: Mapping[str, Any], records: Path) -> None:

@@ -5,7 +5,7 @@ Knows checkpoints and templates; knows no questions and no answer files.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cats import (
     load,
 )
 from cats.checkpoint import weight_files
+from cats.trace import StepTrace
 from evaluation.chat import Chat, default_template, load_tokenizer
 from evaluation.metrics import ModelShape
 from evaluation.options import Adapters
@@ -41,10 +42,16 @@ class Subject:
     chat: Chat
     eos_token_ids: tuple[int, ...]
 
-    def answer(self, prompt_ids: list[int], method: MethodConfig, config: GenerationConfig) -> Generation:
+    def answer(
+        self,
+        prompt_ids: list[int],
+        method: MethodConfig,
+        config: GenerationConfig,
+        on_step: Callable[[StepTrace], object] | None = None,
+    ) -> Generation:
         """One answer by one method; the template's stop strings end it as the end tokens do."""
         stop = StopStrings(self.chat.stop_strings, self._decode) if self.chat.stop_strings else None
-        return generate(self.model, prompt_ids, build_method(method), config, stop=stop)
+        return generate(self.model, prompt_ids, build_method(method), config, stop=stop, on_step=on_step)
 
     def check_prompts(self, questions: Sequence[Question]) -> None:
         """Raise `CatsError` naming the first question whose opening prompt leaves no room for an answer."""

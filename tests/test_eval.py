@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cats import CatsError, Generation, GenerationConfig
-from cats.trace import Confusion, StepTrace
+from cats.trace import Confusion, StageSeconds, StepTrace
 from evaluation import record_file
 from evaluation.eval import Asking, Contender, Forward, question_seed, reorg_answer_file, run_eval
 from evaluation.questions import Question
@@ -20,7 +20,7 @@ from evaluation.record_file import append_record, check_settings, read_records, 
 
 QUESTIONS = [Question(10, "x", ("ten",)), Question(2, "x", ("two", "more")), Question(7, "x", ("seven",)), Question(5, "x", ("five",))]
 PREFILL = StepTrace(prefill=True, nodes=1, accepted=0, committed=1, layer_passes=6)
-CYCLE = StepTrace(False, 4, 1, 2, ("trunk",), 1, Confusion(tp=1, fn=1), 9)
+CYCLE = StepTrace(False, 4, 1, 2, ("trunk",), 1, Confusion(tp=1, fn=1), 9, 4096, StageSeconds(stream_wait=0.5))
 
 
 class Letters:
@@ -73,6 +73,8 @@ def test_records_are_fastchats_with_what_each_turn_did(tmp_path: Path) -> None:
     assert choice["steps"][0]["accepted_kinds"] == {"trunk": 1}
     assert choice["steps"][0]["confusion"] == {"tp": 1, "fp": 0, "fn": 1, "tn": 0}
     assert choice["steps"][0]["layer_passes"] == [9]
+    assert choice["steps"][0]["bytes_streamed"] == [4096]
+    assert choice["steps"][0]["seconds"]["stream_wait"] == [0.5]
     assert records[0]["model_id"] == "scripted"
     assert len({record["answer_id"] for record in records}) == 4
 
@@ -218,6 +220,37 @@ def test_only_the_contender_without_an_answer_is_asked(tmp_path: Path) -> None:
     run_eval(contenders, QUESTIONS, Asking(Letters(), GenerationConfig()))
     assert "ten" not in plain.asked
     assert ids_of(tmp_path / "0.baseline.jsonl") == [2, 5, 7, 10]
+
+
+class Notes:
+    """A watcher that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def begin_turn(self, label: Mapping[str, object]) -> None:
+        self.told.append(tuple(label.values()))
+
+    def end_turn(self, generation: Generation) -> None:
+        self.told.append((generation.ids[0],))
+
+
+def test_a_watcher_is_told_of_every_turn_but_not_of_the_warm_up(tmp_path: Path) -> None:
+    notes = Notes()
+    asking = Asking(Letters(), GenerationConfig(), run=3, keep_going=True, watcher=notes)
+    run_eval([Contender("scripted", Scripted("seven"), tmp_path / "0.jsonl")], QUESTIONS[1:3], asking)
+    two, seven = ("scripted", 3, 2), ("scripted", 3, 7)
+    assert notes.told == [(*two, 0), (ord("t"),), (*two, 1), (ord("t"),), (*seven, 0)], "a turn that fails begins and has no end"
+
+
+def test_records_that_need_not_survive_a_power_cut_are_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    append_record(tmp_path / "t.jsonl", {"question_id": 1}, durable=False)
+    assert not flushed
+    append_record(tmp_path / "t.jsonl", {"question_id": 2})
+    assert len(flushed) == 1
+    assert ids_of(tmp_path / "t.jsonl") == [1, 2]
 
 
 def test_reorg_sorts_and_keeps_the_last_answer_that_did_not_fail(tmp_path: Path) -> None:

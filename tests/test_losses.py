@@ -14,7 +14,7 @@ from training.agreement import Agreement, chain_steps, counted_spans
 from training.chat_tokens import load_tokenizer
 from training.dataset import Batch
 from training.frozen_head import FrozenHead
-from training.losses import predicting_positions, reduced_kl, reduced_target
+from training.losses import HeadLoss, predicting_positions, reduced_kl, reduced_target
 from training.objective import Objective
 
 
@@ -46,6 +46,53 @@ def test_one_token_gives_the_likelihood_of_the_argmax() -> None:
     target_PV, logits_PV = torch.randn(5, 7), torch.randn(5, 7)
     expected = torch.nn.functional.cross_entropy(logits_PV, target_PV.argmax(-1), reduction="sum")
     torch.testing.assert_close(reduced_kl(logits_PV, reduced_target(target_PV, 1)), expected)
+
+
+@pytest.mark.parametrize("topk", [0, 1, 3])
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_the_loss_in_blocks_has_the_value_and_the_gradient_of_the_whole(topk: int, block: int) -> None:
+    torch.manual_seed(0)
+    head, target = torch.randn(11, 6), reduced_target(3 * torch.randn(9, 11), topk)
+    losses, gradients = [], []
+    for blocks in (True, False):
+        y = torch.randn(9, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        loss = HeadLoss.apply(y, head, target, block) if blocks else reduced_kl(y @ head.T, target)
+        (2 * loss).backward()
+        losses.append(loss.detach())
+        gradients.append(y.grad)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+def test_no_position_gives_no_loss_and_no_gradient() -> None:
+    y = torch.zeros(0, 6, requires_grad=True)
+    loss = HeadLoss.apply(y, torch.randn(11, 6), reduced_target(torch.zeros(0, 11), 3), 4)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert y.grad is not None
+    assert y.grad.shape == (0, 6)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05), ("fp16", 0.01)])
+@pytest.mark.parametrize("topk", [0, 5])
+def test_training_and_validation_have_one_loss(speaking: TinyModel, precision: str, tolerance: float, topk: int) -> None:
+    """The path in blocks that trains against the plain one that validates, through a real adapter, with its gradients."""
+    torch.manual_seed(0)
+    head = FrozenHead.read(speaking.base, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32), "cpu")
+    adapter = AdapterModel.from_pretrained(speaking.draft).requires_grad_(True)
+    objective = Objective(head, topk, precision)
+    objective.block = 7
+    batch = Batch({1: torch.randn(2, 40, 32)}, torch.randn(2, 40, 32), torch.rand(2, 40) < 0.6)
+    counted_BN, logits_PV = objective.target(batch)
+    learning_BN, target = objective.learning_target(batch)
+    assert torch.equal(counted_BN, learning_BN)
+    losses = (
+        objective.loss(adapter, batch.hidden[1], counted_BN, objective.reduced(logits_PV))[0],
+        objective.learning_loss(adapter, batch.hidden[1], learning_BN, target),
+    )
+    gradients = [torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(adapter.parameters()))]) for loss in losses]
+    assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=tolerance)
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < tolerance
 
 
 def test_the_position_before_an_answer_token_predicts_it() -> None:

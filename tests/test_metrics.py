@@ -83,6 +83,13 @@ def test_layer_passes_counted_and_by_the_formula() -> None:
     assert metrics.formula_layer_passes(ModelShape(32, 0, 0, 1)) == 32
 
 
+def test_streamed_bytes_are_counted_by_committed_tokens_or_not_known() -> None:
+    streamed = record(4, [turn([3, 1], bytes_streamed=[500, 300]), turn([4], bytes_streamed=[400])], [[1], [2]], [1.0, 1.0])
+    assert metrics.bytes_streamed_per_token([streamed, FAILED]) == 1200 / 8
+    assert metrics.bytes_streamed_per_token([streamed, ONE_TURN]) is None
+    assert metrics.summarise([streamed], SHAPE)["bytes_streamed_per_token"] == 150
+
+
 @pytest.mark.parametrize(
     ("steps", "length", "gigabytes"), [(3, 2.7077, 5.6805), (5, 3.052, 5.8354), (7, 3.2343, 6.2574), (10, 3.3332, 7.1646)]
 )
@@ -106,3 +113,5 @@ def test_stage_seconds_and_kinds_add_up() -> None:
     )
     assert metrics.accepted_kinds([kinds]) == {"correction": 1, "trunk": 2}
     assert metrics.stage_seconds([TWO_TURNS])["draft"] == 1.5
+    early = record(4, [turn([2], seconds={"draft": [0.25]})], [[1]], [1.0])
+    assert metrics.stage_seconds([TWO_TURNS, early])["stream_wait"] == 1.5

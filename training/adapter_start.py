@@ -1,15 +1,18 @@
 """Adapters at the start of training: fresh, taken from the base model's own attention, or given."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
-from cats.adapter import AdapterModel, read_adapter_config
-from cats.checkpoint import read_tensor
+from cats.adapter import AdapterModel
+from cats.checkpoint import CONFIG_FAULTS, read_tensor
 from cats.earlyexit import read_config
 from cats.errors import CatsError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def fresh_adapter(config: LlamaConfig, exit_layer: int, seed: int) -> AdapterModel:
@@ -29,7 +32,14 @@ def adapter_from_base(config: LlamaConfig, exit_layer: int, model_path: str | Pa
     """An adapter that starts with the attention of base layer `exit_layer` and the base's final norm, read tensor by tensor."""
     adapter = AdapterModel(config, exit_layer)
     places = {name: f"model.{name.replace('layers.0', f'layers.{exit_layer}')}" for name in adapter.state_dict()}
-    adapter.load_state_dict({name: read_tensor(model_path, place).float() for name, place in places.items()})
+    tensors = {name: read_tensor(model_path, place).float() for name, place in places.items()}
+    for name, own in adapter.state_dict().items():
+        if own.shape != tensors[name].shape:
+            raise CatsError(
+                f"{places[name]} of {model_path} has shape {list(tensors[name].shape)}, but the adapter template asks for "
+                f"{list(own.shape)}; give the template of this model, leave --configpath out, or start at random with --init fresh."
+            )
+    adapter.load_state_dict(tensors)
     return adapter
 
 
@@ -41,32 +51,53 @@ def starting_adapters(
     Args:
         init: "base" or "fresh", where no directories are given.
         given: adapter directories to start from, one per exit in the same order; empty for none.
-        config_path: an adapter template (data/*_config.json) instead of the configuration derived from the base.
+        config_path: an adapter template (data/*_config.json) instead of the configuration derived from the base; one of
+            another width is refused.
     """
     base = read_config(model_path)
     if max(exits) >= base.num_hidden_layers:
         raise CatsError(f"exit {max(exits)} must be below the {base.num_hidden_layers} layers of {model_path}.")
     if given and len(given) != len(exits):
         raise CatsError(f"--init-adapter names {len(given)} directories for {len(exits)} exits; give one per exit, in the same order.")
+    template = None if given else adapter_config(base, config_path)
+    if template is not None:
+        check_width(template, base, f"the adapter template {config_path}", model_path)
     adapters = {}
     for place, exit_layer in enumerate(exits):
-        if given:
+        if template is None:
             adapter = AdapterModel.from_pretrained(given[place], exit_layer, dtype="float32")
+            check_width(adapter.config, base, f"the adapter in {given[place]}", model_path)
         elif init == "base":
-            adapter = adapter_from_base(_config(base, config_path), exit_layer, model_path)
+            adapter = adapter_from_base(template, exit_layer, model_path)
         else:
-            adapter = fresh_adapter(_config(base, config_path), exit_layer, seed)
-        if adapter.config.hidden_size != base.hidden_size:
-            raise CatsError(
-                f"the adapter for exit {exit_layer} is {adapter.config.hidden_size} wide, but {model_path} is {base.hidden_size} wide; "
-                "it belongs to another model."
-            )
+            adapter = fresh_adapter(template, exit_layer, seed)
+        adapter.cover_positions(base.max_position_embeddings)
         adapters[exit_layer] = adapter.float().requires_grad_(True)
     return adapters
 
 
-def _config(base: PretrainedConfig, config_path: str | None) -> LlamaConfig:
+def check_width(config: PretrainedConfig, base: PretrainedConfig, what: str, model_path: str | Path) -> None:
+    """Refuse an adapter whose states the base cannot give or whose output its head cannot read."""
+    if config.hidden_size != base.hidden_size:
+        raise CatsError(f"{what} is {config.hidden_size} wide, but {model_path} is {base.hidden_size} wide; it belongs to another model.")
+
+
+def adapter_config(base: PretrainedConfig, config_path: str | None) -> LlamaConfig:
+    """The configuration of new adapters: derived from the base, or read from a template.
+
+    A template is looked for from the current directory, then from the repository's root. One that is missing, unreadable
+    or of another kind of model raises `CatsError`.
+    """
     if config_path is None:
         return AdapterModel.config_for(base)
-    path = Path(config_path)
-    return read_adapter_config(path.parent) if path.name == "config.json" else LlamaConfig.from_json_file(path)
+    path = next((place for place in (Path(config_path), ROOT / config_path) if place.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(f"data/{place.name}" for place in (ROOT / "data").glob("*_config.json")))
+        raise CatsError(f"there is no adapter template {config_path}; give a Llama config.json or one of {known}.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict) or fields.get("model_type", "llama") != "llama":
+            raise CatsError(f"the adapter template {config_path} is not a Llama configuration; adapters are Llama layers.")
+        return LlamaConfig.from_dict(fields)
+    except CONFIG_FAULTS as error:
+        raise CatsError(f"cannot read the adapter template {config_path}: {str(error).splitlines()[0]}.") from error

@@ -6,6 +6,7 @@ weights that training each alone would give.
 """
 
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -119,13 +120,12 @@ class AdapterTrainer:
     def backward(self, rows: np.ndarray, sums: dict[int, torch.Tensor]) -> int:
         """Add the gradients of the summed loss of one micro-batch, exit by exit (so memory does not grow with exits)."""
         batch = self.source.batch(rows)
-        counted_BN, target_logits_PV = self.objective.target(batch)
-        target = self.objective.reduced(target_logits_PV)
+        counted_BN, target = self.objective.learning_target(batch)
         for exit_layer, adapter in self.adapters.items():
-            loss, _ = self.objective.loss(adapter, batch.hidden[exit_layer], counted_BN, target)
+            loss = self.objective.learning_loss(adapter, batch.hidden[exit_layer], counted_BN, target)
             loss.backward()
             sums[exit_layer] += loss.detach()
-        return len(target_logits_PV)
+        return len(target.probabilities)
 
     def across_processes(self, values: list[float]) -> list[float]:
         """Sums of the given numbers over all processes."""
@@ -163,8 +163,11 @@ class AdapterTrainer:
         self.accelerator.wait_for_everyone()
 
     def load(self) -> None:
-        """Continue from `checkpoint.pt`; other settings or other data raise `CatsError`."""
-        state = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
+        """Continue from `checkpoint.pt`; other settings, other data or a damaged file raise `CatsError`."""
+        try:
+            state = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CatsError(f"the checkpoint {self.path} is damaged; delete it to start again, or use another --outdir.") from error
         different = self.run.differences(state["run"])
         different += [name for name, value in self.identity.items() if state["identity"][name] != value]
         if different:

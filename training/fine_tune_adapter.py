@@ -43,11 +43,11 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["train", "plot"])
     parser.add_argument("--data-args", default="", help="flags for ge_data.py in the stages regenerate and store, as one quoted string")
     launch = parser.add_argument_group("accelerate launch")
-    launch.add_argument("--num_processes", type=int, default=int(os.environ.get("NUM_PROCESSES", "1")), help="over all machines")
-    launch.add_argument("--num_machines", type=int, default=int(os.environ.get("NUM_MACHINES", "1")))
-    launch.add_argument("--machine_rank", type=int, default=int(os.environ.get("NODE_RANK", "0")))
+    launch.add_argument("--num_processes", type=int, default=os.environ.get("NUM_PROCESSES", "1"), help="over all machines")
+    launch.add_argument("--num_machines", type=int, default=os.environ.get("NUM_MACHINES", "1"))
+    launch.add_argument("--machine_rank", type=int, default=os.environ.get("NODE_RANK", "0"))
     launch.add_argument("--main_process_ip", default=os.environ.get("MASTER_ADDR"))
-    port = int(os.environ.get("MASTER_PORT", "0"))
+    port = os.environ.get("MASTER_PORT", "0")
     launch.add_argument("--main_process_port", type=int, default=port, help="0: any free one (one machine only)")
     launch.add_argument("--cpu", action="store_true", help="train on CPUs, where several processes talk through gloo")
     return parser
@@ -87,7 +87,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise CatsError(f"--start_epoch {arguments.start_epoch} must be at least 0 and below --end_epoch {arguments.end_epoch}.")
     if arguments.num_machines > 1 and not (arguments.main_process_ip and arguments.main_process_port):
         raise CatsError("several machines need --main_process_ip and --main_process_port (or MASTER_ADDR and MASTER_PORT).")
-    if not (arguments.data_home or arguments.data_path):
+    machines, processes, rank = arguments.num_machines, arguments.num_processes, arguments.machine_rank
+    if machines < 1 or processes < machines or processes % machines or not 0 <= rank < machines:
+        raise CatsError(
+            f"--num_processes {processes}, --num_machines {machines} and --machine_rank {rank} do not fit; "
+            "processes count all machines alike, and ranks start from 0."
+        )
+    if "train" in arguments.stages and not (arguments.data_home or arguments.data_path):
         raise CatsError("there is nothing to train on; give --data_home (stored states) or --data-path (conversations).")
     for stage, name in (("regenerate", "data_path"), ("store", "data_path"), ("store", "data_home")):
         if stage in arguments.stages and not getattr(arguments, name):
@@ -130,10 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, extra = arguments_parser().parse_args(given[:cut]), given[cut + 1 :]
     arguments.outdir = arguments.outdir or "adapters_exit" + "_".join(str(exit_layer) for exit_layer in arguments.exit_layer)
     check_arguments(arguments)
-    model = str(model_path_of(arguments.model_path))
-    data = make_data(arguments, model)
-    if "train" in arguments.stages:
-        train(arguments, model, data, extra)
+    if set(arguments.stages) != {"plot"}:
+        model = str(model_path_of(arguments.model_path))
+        data = make_data(arguments, model)
+        if "train" in arguments.stages:
+            train(arguments, model, data, extra)
     if "plot" in arguments.stages and arguments.machine_rank == 0:
         draw_curves(Path(arguments.outdir) / "training_log.json", Path(arguments.outdir) / "curves.png")
 

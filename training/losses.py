@@ -6,6 +6,7 @@ States and targets therefore share one index, and only the mask is shifted.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,3 +44,35 @@ def reduced_kl(logits_PV: torch.Tensor, target: Target) -> torch.Tensor:
     logits_PV = logits_PV.float()
     picked_Pk = logits_PV if target.indices is None else logits_PV.gather(-1, target.indices)
     return (logits_PV.logsumexp(-1) - (target.probabilities * picked_Pk).sum(-1)).sum()
+
+
+class HeadLoss(torch.autograd.Function):
+    """`reduced_kl` of `y_PD @ head_VD.T`, a block of positions at a time: neither the logits [P, V] nor their gradient are ever whole.
+
+    The gradient of a sum over positions is known as soon as a block's logits are, so the forward makes it and the
+    backward only scales it. The head is frozen and gets none. On a CPU a block's logits stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_PD: torch.Tensor, head_VD: torch.Tensor, target: Target, block: int) -> torch.Tensor:
+        """The summed loss, a float32 scalar; arithmetic of the matrix products in the head's dtype."""
+        gradient_PD, total = torch.empty_like(y_PD, dtype=head_VD.dtype), torch.zeros((), device=y_PD.device)
+        for start in range(0, len(y_PD), block):
+            piece = slice(start, start + block)
+            log_probabilities = torch.log_softmax((y_PD[piece].to(head_VD.dtype) @ head_VD.T).float(), dim=-1)
+            wanted = target.probabilities[piece]
+            if target.indices is None:
+                total -= (wanted * log_probabilities).sum()
+                slope = log_probabilities.exp_().sub_(wanted)
+            else:
+                total -= (wanted * log_probabilities.gather(-1, target.indices[piece])).sum()
+                slope = log_probabilities.exp_().scatter_add_(-1, target.indices[piece], -wanted)
+            torch.mm(slope.to(head_VD.dtype), head_VD, out=gradient_PD[piece])
+        ctx.save_for_backward(gradient_PD.to(y_PD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Gradient with respect to `y_PD` only."""
+        (gradient_PD,) = ctx.saved_tensors
+        return gradient_PD * scale.to(gradient_PD.dtype), None, None, None

@@ -5,9 +5,11 @@ import torch
 from cats.adapter import AdapterModel
 from training.dataset import Batch
 from training.frozen_head import FrozenHead
-from training.losses import Target, predicting_positions, reduced_kl, reduced_target
+from training.losses import HeadLoss, Target, predicting_positions, reduced_kl, reduced_target
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BLOCKS = {"cpu": 128}  # positions whose logits are made at a time in training
+BLOCK = 2048  # the same on accelerators
 
 
 class Objective:
@@ -23,9 +25,23 @@ class Objective:
 
     def __init__(self, head: FrozenHead, topk: int, precision: str):
         self.head, self.topk, self.half = head, topk, HALVES.get(precision)
+        self.block = BLOCKS.get(head.lm_head_VD.device.type, BLOCK)
+
+    def learning_target(self, batch: Batch) -> tuple[torch.Tensor, Target]:
+        """The P positions that count (as a mask [B, N]) and what the adapters learn there; shared by all exits."""
+        counted_BN = predicting_positions(batch.counted_BN)
+        pieces = [self.reduced(self.head.target_logits(piece_PD)) for piece_PD in batch.final[counted_BN].split(self.block)]
+        probabilities = torch.cat([piece.probabilities for piece in pieces])
+        indices = [piece.indices for piece in pieces if piece.indices is not None]
+        return counted_BN, Target(probabilities, torch.cat(indices) if indices else None)
+
+    def learning_loss(self, adapter: AdapterModel, hidden_BND: torch.Tensor, counted_BN: torch.Tensor, target: Target) -> torch.Tensor:
+        """Summed loss (a scalar) that carries gradients to the adapter; the same as `loss`, in less time and memory."""
+        total: torch.Tensor = HeadLoss.apply(self.states(adapter, hidden_BND)[counted_BN], self.head.lm_head_VD, target, self.block)
+        return total
 
     def target(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The P positions that count (as a mask [B, N]) and the base's logits there [P, V]; shared by all exits."""
+        """The P positions that count (as a mask [B, N]) and the base's logits there [P, V], for validation."""
         counted_BN = predicting_positions(batch.counted_BN)
         return counted_BN, self.head.target_logits(batch.final[counted_BN])
 
@@ -37,7 +53,11 @@ class Objective:
         self, adapter: AdapterModel, hidden_BND: torch.Tensor, counted_BN: torch.Tensor, target: Target
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss (a scalar) and the adapter's logits [P, V] at the counted positions; the head sees no other position."""
+        logits_PV = self.head.logits(self.states(adapter, hidden_BND)[counted_BN])
+        return reduced_kl(logits_PV, target), logits_PV
+
+    def states(self, adapter: AdapterModel, hidden_BND: torch.Tensor) -> torch.Tensor:
+        """The adapter's outputs [B, N, D], in the chosen arithmetic."""
         hidden_BND = hidden_BND.to(self.half or torch.float32)
         with torch.autocast(hidden_BND.device.type, dtype=self.half, enabled=self.half is not None):
-            logits_PV = self.head.logits(adapter(hidden_BND)[counted_BN])
-        return reduced_kl(logits_PV, target), logits_PV
+            return adapter(hidden_BND)

@@ -210,7 +210,7 @@ def spread(matrices: list[tuple[Matrix, int]], room: int) -> frozenset[Matrix]:
 def refusal(sizes: ModelSizes, demand: Demand, budget_bytes: int, covers: str, needed: list[tuple[str, int]]) -> str:
     """The sentence of a budget that is too small."""
     parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in sorted(needed, key=lambda entry: -entry[1]) if nbytes)
-    what = "the whole process" if covers == "process" else "the weights"
+    what = "the whole process needs" if covers == "process" else "the weights need"
     needs = amount(sum(nbytes for _, nbytes in needed)) + (f" with layers [0, {demand.front}) resident" if demand.front else "")
     advice = "raise --memory-budget"
     if demand.front:
@@ -219,7 +219,7 @@ def refusal(sizes: ModelSizes, demand: Demand, budget_bytes: int, covers: str, n
         advice += ", or lower --ring-buffers"
     if covers == "process" and demand.positions > PREFILL_ROWS:
         advice += ", or lower --budget-positions"
-    return f"{what} needs at least {needs}; the budget is {amount(budget_bytes)} ({parts}); {advice}."
+    return f"{what} at least {needs}; the budget is {amount(budget_bytes)} ({parts}); {advice}."
 
 
 def amount(nbytes: int) -> str:

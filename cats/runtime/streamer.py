@@ -115,7 +115,8 @@ class Streamer:
 
     Attributes:
         wait_seconds: spent waiting for tensors to arrive.
-        record: whether readings are kept in `events` (the last 100 000); off unless set.
+        waits: begin and end of each of these waits, in seconds of `time.perf_counter`, while `record` is set.
+        record: whether readings are kept in `events`, and waits (the last 100 000 of each); off unless set.
     """
 
     def __init__(self, order: Sequence[Streamed], ring_bytes: int, link: Link, read: Read | None = None) -> None:
@@ -144,6 +145,7 @@ class Streamer:
         self.ring_bytes = ring_bytes
         self.link = link
         self.wait_seconds = 0.0
+        self.waits: deque[tuple[float, float]] = deque(maxlen=MOST_EVENTS)
         self._held: Slot | None = None
 
     @property
@@ -196,7 +198,10 @@ class Streamer:
             try:
                 slot = self._held = self._reader.await_slot(index)
             finally:
-                self.wait_seconds += time.perf_counter() - begin
+                end = time.perf_counter()
+                self.wait_seconds += end - begin
+                if self.record:
+                    self.waits.append((begin, end))
             yield tensor_in_window(self._reader.arena, slot.start, self.order[index].place)
         finally:
             if self._held is not None:

@@ -1,0 +1,198 @@
+"""Replayed acceptance: a cascade that does all its work, on any weights, and accepts what a schedule says.
+
+Speed and memory do not depend on what the weights know, except through two things: how many drafted tokens the target accepts, and how
+many corrections the shallow verifier adds. A `Schedule` fixes both, cycle by cycle: from a recorded run, or from a stated mean. With it a
+model of random weights costs what a trained one of its shapes costs. Such a run writes no text, and every figure made this way says
+"replayed acceptance".
+
+    schedule = Schedule.with_mean(3.05, CascadeConfig(), corrections=2.7, cycles=100)
+    stream(model, ids, ReplayedCascade(config, schedule), generation_config, acceptance=ReplayedAcceptance(schedule))
+"""
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cats import CascadeConfig, CatsError
+from cats.acceptance import Verdict
+from cats.methods.cascade import Cascade, Checked
+from cats.methods.chain import Chain
+from cats.state import Cycle, DecodeState
+from cats.tree import TokenTree
+
+SPREAD = 1.5
+"""How far, in tokens, the running total of a schedule with a stated mean may stray from it before rounding."""
+
+
+@dataclass(frozen=True)
+class ReplayedCycle:
+    """What happens in one cycle.
+
+    Attributes:
+        accepted: drafted tokens accepted along the trunk; the last one may be a correction.
+        corrected: places in the chain after which the shallow verifier differs; place `steps` is its free token.
+        through_correction: the last accepted token is the correction after place `accepted - 1`.
+    """
+
+    accepted: int
+    corrected: frozenset[int]
+    through_correction: bool = False
+
+
+class Schedule:
+    """The cycles of one answer; method and acceptance rule look at the same one. After the last cycle the first comes again."""
+
+    def __init__(self, cycles: Sequence[ReplayedCycle]):
+        if not cycles:
+            raise CatsError("there are no cycles to replay; give a recorded run that has some.")
+        self.cycles = list(cycles)
+        self._place = -1
+
+    def restart(self) -> None:
+        """A new answer begins."""
+        self._place = -1
+
+    def advance(self) -> ReplayedCycle:
+        """The next cycle."""
+        self._place += 1
+        return self.current
+
+    @property
+    def current(self) -> ReplayedCycle:
+        """The cycle that `advance` came to."""
+        return self.cycles[self._place % len(self.cycles)]
+
+    @property
+    def mean(self) -> float:
+        """Accepted length: tokens committed per target pass, the target's own next token included."""
+        return 1 + sum(cycle.accepted for cycle in self.cycles) / len(self.cycles)
+
+    @classmethod
+    def with_mean(cls, length: float, config: CascadeConfig, corrections: float, cycles: int, seed: int = 0) -> "Schedule":
+        """A fixed, seeded sequence with accepted length `length`; its running total never strays more than two tokens from that mean.
+
+        Args:
+            length: accepted length; 1 accepts nothing, steps + 2 accepts the whole trunk and the verifier's free token.
+            corrections: mean corrections a cycle, the free token included (at least 1, at most steps + 1).
+        """
+        check_replayable(config)
+        longest = config.steps + 2
+        if not 1 <= length <= longest:
+            raise CatsError(f"the replayed acceptance is {length}; with {config.steps} steps it lies between 1 and {longest}.")
+        if not 1 <= corrections <= config.steps + 1:
+            raise CatsError(
+                f"the replayed corrections are {corrections}; with {config.steps} steps they lie between 1 and {config.steps + 1}."
+            )
+        drawn = random.Random(seed)
+        counts = diffused(length, 1, longest, cycles, drawn)
+        corrected = diffused(corrections, 1, config.steps + 1, cycles, drawn)
+        return cls([_drawn_cycle(committed - 1, count, config.steps, drawn) for committed, count in zip(counts, corrected, strict=True)])
+
+    @classmethod
+    def recorded(cls, steps: Iterable[Mapping[str, Any]], config: CascadeConfig) -> "Schedule":
+        """The cycles of recorded turns (`steps` of an answer record) of a cascade chain with the same number of steps.
+
+        A record says per cycle how many tokens were accepted, how many nodes the tree had and where the verifier first differed. Where
+        its other corrections stood it does not say: they are placed right behind the first. A path that ends one token behind the last
+        agreement is taken to end in the correction. Cycles whose trees the end of the answer cut are left out.
+        """
+        check_replayable(config)
+        cycles: list[ReplayedCycle] = []
+        for turn in steps:
+            left = sum(turn["committed"])
+            names = ("committed", "accepted", "nodes", "shallow_accepted")
+            for committed, accepted, nodes, agreed in zip(*(turn[name] for name in names), strict=True):
+                if left > config.steps + 1:
+                    cycles.append(_recorded_cycle(accepted, nodes, agreed, config.steps))
+                left -= committed
+        return cls(cycles)
+
+
+def check_replayable(config: CascadeConfig) -> None:
+    """Settings whose work depends on what the weights know cannot be replayed."""
+    if config.threshold > 0 or config.sv_passes > 1:
+        raise CatsError("a replayed cascade has threshold 0 and sv-passes 1: with others its work depends on what the weights know.")
+
+
+def diffused(mean: float, least: int, most: int, count: int, drawn: random.Random) -> list[int]:
+    """`count` whole numbers between `least` and `most` whose running sum follows `mean`."""
+    numbers: list[int] = []
+    total = 0
+    for place in range(1, count + 1):
+        stray = drawn.uniform(-SPREAD, SPREAD) if place < count else 0.0
+        number = min(most, max(least, math.floor(place * mean + stray + 0.5) - total))
+        numbers.append(number)
+        total += number
+    return numbers
+
+
+def _drawn_cycle(accepted: int, corrections: int, steps: int, drawn: random.Random) -> ReplayedCycle:
+    """The free token always, the other corrections anywhere else."""
+    places = [steps, *drawn.sample(range(steps), corrections - 1)]
+    return ReplayedCycle(accepted, frozenset(places), through_correction=accepted > steps)
+
+
+def _recorded_cycle(accepted: int, nodes: int, agreed: int, steps: int) -> ReplayedCycle:
+    """See `Schedule.recorded`."""
+    count = nodes - 1 - steps
+    if not 1 <= count <= steps + 1:
+        raise CatsError(f"a recorded tree has {nodes} nodes, which no chain of {steps} steps has; record a cascade chain with these steps.")
+    wanted = dict.fromkeys([steps, *range(agreed, steps), *range(steps)])
+    return ReplayedCycle(min(accepted, steps + 1), frozenset(list(wanted)[:count]), through_correction=accepted == agreed + 1)
+
+
+class ReplayedCascade(Cascade):
+    """The cascade; only, where the shallow verifier differs from the draft is taken from the schedule, after it has been computed."""
+
+    def __init__(self, config: CascadeConfig, schedule: Schedule):
+        check_replayable(config)
+        super().__init__(config)
+        self.schedule = schedule
+
+    def start(self, state: DecodeState) -> None:
+        """See `Method`."""
+        self.schedule.restart()
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        """See `Method`."""
+        self.schedule.advance()
+        return super().propose(cycle)
+
+    def _correct(self, cycle: Cycle, chain: Chain, checked: Checked) -> tuple[int, dict[int, int]]:
+        tree, corrected = cycle.tree, self.schedule.current.corrected
+        for place, node in enumerate(chain.nodes[1:]):
+            tree.scores[node] = tree.scores[chain.nodes[place]] + checked.draft_scores[place][0]
+            cycle.shallow_verdicts[node] = place not in corrected
+        corrections = {}
+        for place in sorted(corrected):
+            if place < len(chain.nodes) and tree.depths[chain.nodes[place]] < cycle.depth_limit:
+                node, token = chain.nodes[place], checked.top_tokens[place][0]
+                if tree.child(node, token) is not None:
+                    token = (token + 1) % cycle.state.base.config.vocab_size
+                corrections[place] = tree.add(node, token, "correction", checked.top_scores[place][0])
+        return min([*corrections, len(chain.nodes) - 1]), corrections
+
+
+class ReplayedAcceptance:
+    """An acceptance rule (see cats/acceptance.py) that accepts what the schedule says, as far as the tree reaches."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+
+    def judge(self, tree: TokenTree, nodes: Sequence[int], logits_TV: torch.Tensor) -> Verdict:
+        """The scheduled path and, after it, the target's own best token."""
+        best = dict(zip(nodes, logits_TV.argmax(dim=-1).tolist(), strict=True))
+        path = [0]
+        while len(nodes) > 1 and len(path) <= self.schedule.current.accepted and (child := self._child(tree, path)) is not None:
+            path.append(child)
+        return Verdict(tuple(path), best[path[-1]], {node: node in path for node in nodes if node})
+
+    def _child(self, tree: TokenTree, path: list[int]) -> int | None:
+        cycle = self.schedule.current
+        kinds = {tree.kinds[node]: node for node in reversed(tree.children(path[-1]))}
+        wanted = "correction" if cycle.through_correction and len(path) == cycle.accepted else "trunk"
+        return kinds.get(wanted, kinds.get("trunk", kinds.get("correction")))

@@ -1,0 +1,239 @@
+"""Tokens per second of one model under one memory budget: ours (plain, CATS), accelerate's disk offload and mapped files, in turns.
+
+    python -m scripts.benchmark_budget --model-path M --draft-adapter-path D --shallow-adapter-path S --memory-budget 8GB \
+        --replayed-acceptance 3.05 --repeats 3 --output evaluation/results/seven_billion.json
+
+Every run is a fresh process in a memory control group of the budget's size (which counts the page cache), on shards that the page
+cache has forgotten. With --flash-bandwidth the kernel holds every engine's reads to that rate. With --replayed-acceptance the adapters
+may be random (see evaluation/replay.py); all figures so made carry "replayed acceptance". Finished runs lie in `<output>.runs.jsonl`:
+the same command goes on where it stopped, and tries failed runs again.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cats.checkpoint import DTYPES, weight_files
+from cats.errors import CatsError, exit_with_sentence
+from cats.files import write_atomically
+from cats.planning.plan import parse_amount
+from cats.runtime.link import rate_text
+from evaluation.record_file import append_record, check_settings, read_records, write_json
+from evaluation.subject import weights_fingerprint
+from evaluation.timing import environment
+from scripts.budget_engines import ENGINES, STAGES, Request
+from scripts.memory_run import forget, python_command, run_limited
+
+TITLES = {
+    "plain": "ours, plain decoding",
+    "cats": "ours, CATS",
+    "accelerate": "accelerate, disk offload",
+    "mmap": "transformers, mapped files",
+}
+REFERENCE = "plain"
+COLUMNS = (
+    *("engine", "tokens/s, median (range)", "against our plain", "tokens/pass", "GB read/token", "peak GB", "arithmetic"),
+    *("draft + shallow + target, s a pass", "of it waiting"),
+)
+SOME_LIMIT = 2**62
+
+
+def title(engine: str, replayed: float | None) -> str:
+    """An engine's name in tables; replayed acceptance is part of it."""
+    return f"{TITLES[engine]}, replayed acceptance {replayed:g}" if engine == "cats" and replayed is not None else TITLES[engine]
+
+
+def in_turns(engines: Sequence[str], repeats: int) -> list[tuple[int, str]]:
+    """Every engine once a repeat, the order turning by one from repeat to repeat."""
+    return [(repeat, engines[(repeat + place) % len(engines)]) for repeat in range(repeats) for place in range(len(engines))]
+
+
+def one_run(request: Request, read_rate: float | None, limited: bool, timeout: float) -> dict[str, Any]:
+    """A fresh process for one request; what it measured, or why it failed."""
+    shards = weight_files(request.model)
+    forget(shards)
+    with tempfile.TemporaryDirectory(prefix="cats-budget-") as folder:
+        asked, answer, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
+        asked.write_text(json.dumps(dataclasses.asdict(request)))
+        outcome = run_limited(
+            python_command("scripts.budget_engines", str(asked), str(answer)),
+            (request.budget_bytes or SOME_LIMIT) if limited else None,
+            read_rate,
+            shards[0],
+            log,
+            timeout,
+        )
+        result = json.loads(answer.read_text()) if answer.exists() else {"failed": outcome.failure or "it ended without a result"}
+    return {**result, "group_peak_bytes": outcome.group_peak_bytes}
+
+
+def summarise(records: Sequence[dict[str, Any]], engines: Sequence[str], replayed: float | None) -> list[dict[str, Any]]:
+    """One row per engine: medians over its runs, and the median of the quotients of runs of the same repeat."""
+    rows = []
+    speeds = {(r["engine"], r["repeat"]): r["tokens_per_s"] for r in records if "failed" not in r}
+    for engine in engines:
+        own = [record for record in records if record["engine"] == engine]
+        good = [record for record in own if "failed" not in record]
+        row: dict[str, Any] = {"engine": title(engine, replayed), "runs": len(own), "failed": [r["failed"] for r in own if "failed" in r]}
+        if good:
+            rates = [record["tokens_per_s"] for record in good]
+            names = ("tokens_per_s", "accepted_length", "disk_bytes_per_token", "load_seconds", "prefill_seconds", "seconds_per_step")
+            row |= {name: statistics.median(record[name] for record in good) for name in names}
+            row |= {"slowest": min(rates), "fastest": max(rates), "arithmetic": good[0]["notes"]["arithmetic"]}
+            row |= {name: max(record[name] for record in good) for name in ("peak_bytes", "load_peak_bytes")}
+            pairs = [speeds[engine, r["repeat"]] / speeds[REFERENCE, r["repeat"]] for r in good if (REFERENCE, r["repeat"]) in speeds]
+            row["against_plain"] = statistics.median(pairs) if pairs else None
+            staged = [record["stage_seconds_per_step"] for record in good if record["stage_seconds_per_step"]]
+            row["stage_seconds_per_step"] = {s: statistics.median(stage[s] for stage in staged) for s in STAGES} if staged else None
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        if "tokens_per_s" not in row:
+            why = (row["failed"] or ["not run"])[0].removeprefix("error: ").partition(" (")[0]
+            lines.append(f"| {row['engine']} | {why} |" + " - |" * (len(COLUMNS) - 2))
+            continue
+        stages = row["stage_seconds_per_step"]
+        cells = [
+            row["engine"] + (f" ({len(row['failed'])} of {row['runs']} failed)" if row["failed"] else ""),
+            f"{row['tokens_per_s']:.3f} ({row['slowest']:.3f}-{row['fastest']:.3f})",
+            "-" if row["against_plain"] is None else f"{row['against_plain']:.2f}x",
+            f"{row['accepted_length']:.2f}",
+            f"{row['disk_bytes_per_token'] / 1e9:.3f}",
+            f"{row['peak_bytes'] / 1e9:.3f}",
+            row["arithmetic"],
+            " + ".join(f"{stages[stage]:.3f}" for stage in ("draft", "shallow", "target")) if stages else f"{row['seconds_per_step']:.3f}",
+            f"{stages['stream_wait']:.3f}" if stages else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def rate_of(args: argparse.Namespace) -> float | None:
+    """Bytes per second that the kernel lets every engine read; None: as the disk is."""
+    if args.flash_bandwidth is None:
+        return None
+    if args.no_limit:
+        raise CatsError("--flash-bandwidth holds all engines by a control group; leave out --no-limit, or the bandwidth.")
+    return float(parse_amount(args.flash_bandwidth, "--flash-bandwidth"))
+
+
+def report(args: argparse.Namespace, request: Request, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The Markdown file."""
+    budget = "no limit" if request.budget_bytes is None else f"{request.budget_bytes / 1e9:g} GB for the whole process"
+    enforced = "held by a memory control group, page cache included" if not args.no_limit else "NOT enforced from outside (--no-limit)"
+    rate = rate_of(args)
+    flash = "the disk as it is" if rate is None else f"emulated {rate_text(rate)} for every engine, by the kernel"
+    replay = ""
+    if request.replayed_acceptance is not None:
+        replay = (
+            f"\nCATS runs with replayed acceptance: {request.replayed_acceptance:g} tokens a pass and {request.replayed_corrections:g} "
+            "corrections a pass are taken from a schedule, all work is done. It says nothing of what the adapters would accept.\n"
+        )
+    return (
+        f"# {Path(request.model).resolve().name} under {budget}\n\n{enforced[0].upper()}{enforced[1:]}; {flash}; {args.repeats} runs of "
+        f"each engine in turns, fresh processes, {request.tokens} tokens or more behind a prompt of {request.prompt_tokens} and a warm-up "
+        f"step; {request.threads} thread(s), {about['cpu']}. Peak: resident memory of the process, mapped files included.\n"
+        f"{replay}\n{table(rows)}"
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.benchmark_budget", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model-path", required=True, help="checkpoint directory with safetensors")
+    parser.add_argument("--draft-adapter-path", help="for CATS")
+    parser.add_argument("--shallow-adapter-path", help="for CATS")
+    parser.add_argument("--engines", nargs="+", choices=tuple(ENGINES), default=list(ENGINES), help="default: all")
+    parser.add_argument("--memory-budget", required=True, help="of the whole process, like 8GB")
+    parser.add_argument("--flash-bandwidth", help="emulate a slower flash, like 2GB/s (default: the disk as it is)")
+    parser.add_argument("--no-limit", action="store_true", help="do not enforce the budget from outside (control groups need root)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each engine (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that one run may take (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=(*DTYPES, "auto"), default="auto", help="of our arithmetic (default: the stored one, as the others)"
+    )
+    parser.add_argument("--replayed-acceptance", type=float, metavar="A", help="tokens a pass by schedule; for random adapters")
+    parser.add_argument(
+        "--replayed-corrections",
+        type=float,
+        default=2.6,
+        metavar="C",
+        help="corrections a pass with it (default: %(default)s, the embedded model's)",
+    )
+    for name, default, text in (
+        ("tokens", 8, "timed tokens of a run, at least"),
+        ("prompt-tokens", 32, "length of the random prompt"),
+        ("threads", 1, "CPU threads"),
+        ("ring-buffers", 3, "size of our ring in largest matrices"),
+        ("steps", 5, "drafted tokens of CATS"),
+        ("tree-topk", 1, "candidates per drafted token; 1 is a chain"),
+        ("total-tokens", -1, "nodes of the tree, -1 automatic"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="result file (.json); a .md table lies beside it")
+    return parser.parse_args(argv)
+
+
+def request_of(args: argparse.Namespace, engine: str) -> Request:
+    """The run of one engine."""
+    adapters = (args.draft_adapter_path, args.shallow_adapter_path)
+    if "cats" in args.engines and None in adapters:
+        raise CatsError("CATS needs --draft-adapter-path and --shallow-adapter-path; give them, or choose --engines without cats.")
+    return Request(
+        engine=engine,
+        model=args.model_path,
+        adapters=None if None in adapters else adapters,
+        budget_bytes=parse_amount(args.memory_budget, "--memory-budget"),
+        **{
+            name: getattr(args, name)
+            for name in ("dtype", "tokens", "prompt_tokens", "threads", "ring_buffers", "steps", "tree_topk", "total_tokens")
+        },
+        replayed_acceptance=args.replayed_acceptance,
+        replayed_corrections=args.replayed_corrections,
+    )
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fill in what is missing, write the table."""
+    args = parse(argv)
+    if args.repeats < 1 or args.tokens < 1:
+        raise CatsError("--repeats and --tokens are counts; give 1 or more.")
+    request, rate = request_of(args, REFERENCE), rate_of(args)
+    runs, settings_file = args.output.with_suffix(".runs.jsonl"), args.output.with_suffix(".settings.json")
+    settings = {
+        **dataclasses.asdict(request),
+        "model": weights_fingerprint(args.model_path),
+        "limited": not args.no_limit,
+        "read_rate": rate,
+    }
+    settings = {name: value for name, value in settings.items() if name not in ("engine", "adapters")}
+    check_settings(settings_file, settings, runs)
+    write_json(settings_file, {"settings": settings})
+    done = {(record["repeat"], record["engine"]) for record in read_records(runs) if "failed" not in record}
+    for repeat, engine in tqdm([turn for turn in in_turns(args.engines, args.repeats) if turn not in done], desc="runs"):
+        measured = one_run(request_of(args, engine), rate, not args.no_limit, args.timeout)
+        append_record(runs, {"engine": engine, "repeat": repeat, "label": title(engine, args.replayed_acceptance), **measured})
+    latest = {(record["repeat"], record["engine"]): record for record in read_records(runs)}
+    records = [record for (repeat, _), record in sorted(latest.items()) if repeat < args.repeats]
+    rows, about = summarise(records, args.engines, args.replayed_acceptance), environment()
+    write_json(args.output, {"rows": rows, "settings": settings, "environment": about})
+    text = report(args, request, rows, about)
+    write_atomically(args.output.with_suffix(".md"), lambda part: part.write_text(text, encoding="utf-8"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

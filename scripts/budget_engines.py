@@ -1,0 +1,273 @@
+"""Four ways to decode a model larger than memory, one process each: ours (plain, CATS), accelerate's disk offload, mapped files.
+
+    python -m scripts.budget_engines REQUEST.json RESULT.json        (scripts/benchmark_budget.py calls it)
+
+All read the same safetensors shards. What is timed: committed tokens after the prompt and one warm-up step.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import cats
+from cats.checkpoint import locate_tensors, weight_files
+from cats.config import MemoryOptions
+from cats.errors import exit_with_sentence
+from cats.files import write_atomically
+from cats.methods.base import Method
+from cats.runtime.budget import interpreter_bytes
+from cats.trace import StepTrace
+from evaluation.replay import ReplayedAcceptance, ReplayedCascade, Schedule
+from scripts.memory_run import bytes_read, peak_bytes, private_bytes, reset_peak
+
+STAGES = ("draft", "shallow", "target", "accept", "total", "compute", "stream_wait")
+CYCLES = 10_000
+"""Length of a replayed schedule; longer than any run."""
+EXTRA_CYCLES = 8
+"""Cycles that a run may go on for until a replayed schedule stands at its mean."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run.
+
+    Attributes:
+        engine: a key of `ENGINES`.
+        adapters: draft and shallow adapter, for CATS.
+        budget_bytes: of the whole process; None: no limit.
+        dtype: of our arithmetic; "auto" is the stored one, in which the other engines compute.
+        tokens: how many to time, at least.
+        replayed_acceptance: accepted length of the replayed schedule; None decodes with the adapters' own acceptance.
+    """
+
+    engine: str
+    model: str
+    adapters: tuple[str, str] | None
+    budget_bytes: int | None
+    dtype: str = "auto"
+    tokens: int = 8
+    prompt_tokens: int = 32
+    threads: int = 1
+    ring_buffers: int = 3
+    steps: int = 5
+    tree_topk: int = 1
+    total_tokens: int = -1
+    replayed_acceptance: float | None = None
+    replayed_corrections: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens that one pass over the model committed; the trace where the engine is ours."""
+
+    tokens: list[int]
+    trace: StepTrace | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model: prompt ids -> steps, the first of which is the prompt's; and what a reader should know of it."""
+
+    steps: Callable[[Sequence[int]], Iterator[Step]]
+    notes: dict[str, Any]
+
+
+def longest_answer(request: Request) -> int:
+    """Tokens that a run may commit, so that no tree is cut by the end of the answer while it is timed."""
+    return request.tokens + (EXTRA_CYCLES + 3) * (request.steps + 2) + 1
+
+
+def timed_enough(request: Request, tokens: int, steps: int) -> bool:
+    """Whether the tokens asked for are there, and a replayed schedule stands at its mean: short runs must not show its scatter."""
+    if tokens < request.tokens:
+        return False
+    mean = request.replayed_acceptance
+    late = mean is not None and steps * mean > request.tokens + EXTRA_CYCLES * mean
+    return mean is None or request.engine != "cats" or late or abs(tokens - steps * mean) <= 0.5
+
+
+def ours(request: Request, method: Method, adapters: dict[str, tuple[str, int | None]], rule: Any = None) -> Engine:
+    """Our engine under a memory plan."""
+    settings = cats.GenerationConfig(max_new_tokens=longest_answer(request), eos_token_ids=())
+    memory = None
+    if request.budget_bytes is not None:
+        memory = MemoryOptions(
+            budget_bytes=request.budget_bytes,
+            ring_buffers=request.ring_buffers,
+            positions=request.prompt_tokens + settings.max_new_tokens,
+            nodes=method.max_nodes,
+        )
+    model = cats.load(request.model, adapters, dtype=request.dtype, memory=memory)
+
+    def steps(prompt: Sequence[int]) -> Iterator[Step]:
+        for step in cats.stream(model, prompt, method, settings, acceptance=rule):
+            yield Step(step.tokens, step.trace)
+
+    return Engine(steps, {"arithmetic": str(model.base.dtype).removeprefix("torch."), **plan_notes(model)})
+
+
+def plan_notes(model: cats.MultiAdapterCATSModel) -> dict[str, Any]:
+    """What a memory plan streams and holds."""
+    plan = getattr(model.base.source, "plan", None)
+    if plan is None:
+        return {}
+    return {"streamed_bytes_per_pass": plan.streamed_bytes, "charges": dict(plan.charges), "pinned_matrices": len(plan.pinned)}
+
+
+def ours_plain(request: Request) -> Engine:
+    """Plain decoding with pinned weights."""
+    return ours(request, cats.build_method(cats.AutoregressiveConfig()), {})
+
+
+def ours_cats(request: Request) -> Engine:
+    """CATS, with replayed acceptance where the request says so."""
+    if request.adapters is None:
+        raise cats.CatsError("CATS needs a draft and a shallow adapter; give --draft-adapter-path and --shallow-adapter-path.")
+    adapters: dict[str, tuple[str, int | None]] = dict(zip(("draft", "shallow"), ((path, None) for path in request.adapters), strict=True))
+    config = cats.CascadeConfig(steps=request.steps, tree_topk=request.tree_topk, total_tokens=request.total_tokens)
+    if request.replayed_acceptance is None:
+        return ours(request, cats.build_method(config), adapters)
+    schedule = Schedule.with_mean(request.replayed_acceptance, config, request.replayed_corrections, CYCLES)
+    return ours(request, ReplayedCascade(config, schedule), adapters, ReplayedAcceptance(schedule))
+
+
+def empty_model(request: Request) -> Any:
+    """transformers' own model without weights; what is computed from the configuration is there."""
+    config = AutoConfig.from_pretrained(request.model)
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+
+
+def mapped_files(request: Request) -> Engine:
+    """Weights as views of memory-mapped shards: the kernel fetches and evicts their pages."""
+    model = empty_model(request)
+    state: dict[str, torch.Tensor] = {}
+    for path in weight_files(request.model):
+        state.update(load_file(path))
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return greedy_loop(model)
+
+
+def accelerate_offload(request: Request) -> Engine:
+    """accelerate's hooks: what fits beside the interpreter stays, the rest is fetched from the shards layer by layer, in every pass."""
+    model = empty_model(request)
+    room = None if request.budget_bytes is None else {"cpu": max(0, request.budget_bytes - interpreter_bytes())}
+    blocks = list(getattr(model, "_no_split_modules", None) or ())
+    device_map = infer_auto_device_map(model, max_memory=room, no_split_module_classes=blocks)
+    offloaded = [name for name, device in device_map.items() if device == "disk"]
+    places = locate_tensors(request.model)
+    index = {
+        name: {"safetensors_file": str(place.path), "weight_name": name, "dtype": str(place.dtype).removeprefix("torch.")}
+        for name, place in places.items()
+        if any(module == "" or name.startswith(f"{module}.") for module in offloaded)
+    }
+    held = {name: read_copy(place.path, name) for name, place in places.items() if name not in index}
+    model.load_state_dict(held, strict=False, assign=True)
+    if offloaded:
+        model = dispatch_model(model, device_map, main_device="cpu", offload_index=index)
+    return greedy_loop(model, {"modules_offloaded": len(offloaded), "modules": len(device_map)})
+
+
+def read_copy(path: Path, name: str) -> torch.Tensor:
+    """One tensor in memory of its own."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name).clone()
+
+
+def greedy_loop(model: Any, notes: dict[str, Any] | None = None) -> Engine:
+    """Plain greedy decoding by transformers' forward pass and cache."""
+
+    def steps(prompt: Sequence[int]) -> Iterator[Step]:
+        ids, cache = torch.tensor([list(prompt)]), DynamicCache(config=model.config)
+        with torch.inference_mode():
+            while True:
+                output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids = output.logits[:, -1].argmax(-1, keepdim=True)
+                yield Step([int(ids)])
+
+    return Engine(steps, {"arithmetic": str(model.config.dtype).removeprefix("torch."), **(notes or {})})
+
+
+ENGINES: dict[str, Callable[[Request], Engine]] = {
+    "plain": ours_plain,
+    "cats": ours_cats,
+    "accelerate": accelerate_offload,
+    "mmap": mapped_files,
+}
+
+
+def prompt_of(request: Request) -> list[int]:
+    """Random ids, the same for every engine."""
+    vocabulary = AutoConfig.from_pretrained(request.model).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return [int(token) for token in torch.randint(3, vocabulary, (request.prompt_tokens,), generator=generator)]
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Load, run, and say what it cost."""
+    torch.set_num_threads(request.threads)
+    reset_peak()
+    begin = time.perf_counter()
+    engine = ENGINES[request.engine](request)
+    loaded = time.perf_counter()
+    load_peak = peak_bytes()
+    steps = engine.steps(prompt_of(request))
+    ids = [*next(steps).tokens]
+    prefilled = time.perf_counter()
+    ids += next(steps).tokens
+    reset_peak()
+    timed: list[Step] = []
+    read_before, start = bytes_read(), time.perf_counter()
+    tokens = 0
+    while not timed_enough(request, tokens, len(timed)):
+        timed.append(next(steps))
+        tokens += len(timed[-1].tokens)
+    seconds, read = time.perf_counter() - start, bytes_read() - read_before
+    traces = [step.trace for step in timed if step.trace is not None]
+    return {
+        "tokens": tokens,
+        "steps": len(timed),
+        "accepted_length": tokens / len(timed),
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "seconds_per_step": seconds / len(timed),
+        "disk_bytes_per_token": read / tokens,
+        "disk_bytes_per_step": read / len(timed),
+        "stage_seconds_per_step": {stage: sum(getattr(trace.seconds, stage) for trace in traces) / len(traces) for stage in STAGES}
+        if traces
+        else None,
+        "streamed_bytes_per_step": sum(trace.bytes_streamed for trace in traces) / len(traces) if traces else None,
+        "nodes_per_step": sum(trace.nodes for trace in traces) / len(traces) if traces else 1,
+        "load_seconds": loaded - begin,
+        "prefill_seconds": prefilled - loaded,
+        "load_peak_bytes": load_peak,
+        "peak_bytes": peak_bytes(),
+        "private_bytes": private_bytes(),
+        "ids": ids + [token for step in timed for token in step.tokens],
+        "notes": engine.notes,
+    }
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the first file asks for, write the second."""
+    asked, answer = (Path(argument) for argument in (sys.argv[1:] if argv is None else argv))
+    fields = json.loads(asked.read_text(encoding="utf-8"))
+    fields["adapters"] = tuple(fields["adapters"]) if fields["adapters"] else None
+    result = measure(Request(**fields))
+    write_atomically(answer, lambda part: part.write_text(json.dumps(result)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The engines of the budget benchmark say the same tokens, are held to their limit, and their figures say how they were made."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cats import CatsError
+from scripts import benchmark_budget
+from scripts.benchmark_budget import in_turns, main, summarise
+from scripts.budget_engines import ENGINES, Request, measure
+from scripts.make_synthetic_checkpoint import base_config, make_checkpoint
+from scripts.memory_run import GROUPS, run_limited
+from tests.test_synthetic_checkpoint import CONFIG
+
+needs_groups = pytest.mark.skipif(not os.access(GROUPS / "memory", os.W_OK), reason="no writable version 1 memory control groups")
+NOTES = {"notes": {"arithmetic": "float32"}, "stage_seconds_per_step": None, "peak_bytes": 1, "load_peak_bytes": 1}
+
+
+@pytest.fixture(scope="module")
+def request_for(tmp_path_factory: pytest.TempPathFactory) -> Request:
+    folder = tmp_path_factory.mktemp("budget")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}))
+    model = folder / "model"
+    make_checkpoint(base_config(folder / "config.json", None), torch.float32, [1, 3], model)
+    adapters = (str(model / "adapters" / "exit1"), str(model / "adapters" / "exit3"))
+    return Request("plain", str(model), adapters, None, tokens=6, prompt_tokens=5)
+
+
+def test_all_engines_say_the_same(request_for: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {engine: measure(replace(request_for, engine=engine))["ids"] for engine in ENGINES}
+    monkeypatch.setattr("scripts.budget_engines.interpreter_bytes", lambda: 0)
+    for budget in (2_000_000, 2_600_000):
+        offloaded = measure(replace(request_for, engine="accelerate", budget_bytes=budget))
+        assert offloaded["notes"]["modules_offloaded"] > 0
+        said[f"accelerate, {budget}"] = offloaded["ids"]
+    shortest = min(len(ids) for ids in said.values())
+    assert shortest >= 8
+    assert len({tuple(ids[:shortest]) for ids in said.values()}) == 1
+
+
+def test_a_replayed_run_ends_at_its_mean(request_for: Request) -> None:
+    result = measure(replace(request_for, engine="cats", replayed_acceptance=3.05, replayed_corrections=2.6, tokens=12))
+    assert abs(result["tokens"] - 3.05 * result["steps"]) <= 0.5
+    assert 7 < result["nodes_per_step"] < 11
+
+
+def test_every_engine_takes_every_place() -> None:
+    turns = in_turns(["a", "b", "c"], 3)
+    assert [engine for repeat, engine in turns if repeat == 1] == ["b", "c", "a"]
+    assert len(set(turns)) == 9
+
+
+def record(engine: str, repeat: int, rate: float) -> dict[str, Any]:
+    names = ("accepted_length", "disk_bytes_per_token", "load_seconds", "prefill_seconds", "seconds_per_step")
+    return {"engine": engine, "repeat": repeat, "tokens_per_s": rate, **dict.fromkeys(names, 1.0), **NOTES}
+
+
+def test_figures_are_paired_and_named() -> None:
+    records = [record("plain", 0, 1.0), record("cats", 0, 3.0), record("plain", 1, 2.0), record("cats", 1, 5.0)]
+    records.append({"engine": "mmap", "repeat": 0, "failed": "error: killed by the kernel at the memory limit"})
+    rows = summarise(records, ["plain", "cats", "mmap"], 3.05)
+    assert rows[1]["engine"] == "ours, CATS, replayed acceptance 3.05"
+    assert rows[1]["against_plain"] == 2.75
+    text = benchmark_budget.table(rows)
+    assert "killed by the kernel" in text
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_finished_runs_are_not_made_again(request_for: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def pretend(request: Request, *_: object) -> dict[str, Any]:
+        made.append(request.engine)
+        return record(request.engine, 0, 1.0) if request.engine == "plain" else {"failed": "error: no"}
+
+    monkeypatch.setattr(benchmark_budget, "one_run", pretend)
+    output = tmp_path / "result.json"
+    flags = f"--model-path {request_for.model} --engines plain mmap --memory-budget 1GB --no-limit --repeats 1 --output {output}".split()
+    main(flags)
+    main(flags)
+    assert made == ["plain", "mmap", "mmap"]
+    with pytest.raises(SystemExit):
+        main([*flags, "--tokens", "9"])
+    assert "NOT enforced" in output.with_suffix(".md").read_text()
+
+
+@needs_groups
+def test_a_process_that_takes_more_than_its_limit_is_killed(tmp_path: Path) -> None:
+    greedy = [sys.executable, "-c", "x = b'1' * 200_000_000"]
+    outcome = run_limited(greedy, 60_000_000, None, tmp_path, tmp_path / "log.txt", 60)
+    assert outcome.failure == "killed by the kernel at the memory limit"
+    assert outcome.group_peak_bytes is not None
+    assert outcome.group_peak_bytes <= 60_000_000
+    modest = run_limited([sys.executable, "-c", "raise SystemExit('no wish')"], 60_000_000, None, tmp_path, tmp_path / "log.txt", 60)
+    assert modest.failure == "no wish"
+    assert not list((GROUPS / "memory").glob(f"cats-{os.getpid()}-*"))
+
+
+def test_without_groups_the_benchmark_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.memory_run.GROUPS", tmp_path / "none")
+    with pytest.raises(CatsError, match="--no-limit"):
+        run_limited(["true"], 10**9, None, tmp_path, tmp_path / "log.txt", 10)
