@@ -78,13 +78,21 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         lm_head: hidden states [.., D] -> logits [.., V]; shared by every adapter.
         dtype: of the arithmetic, states and caches; weights may be held in a narrower one.
         source: see `WeightSource`.
+        work: where projections widen weights, those of the adapters too.
     """
 
     embed_tokens: nn.Module
     norm: nn.Module
     lm_head: nn.Module
 
-    def __init__(self, causal_lm: Any, config: PretrainedConfig, dtype: torch.dtype | None = None, source: WeightSource | None = None):
+    def __init__(
+        self,
+        causal_lm: Any,
+        config: PretrainedConfig,
+        dtype: torch.dtype | None = None,
+        source: WeightSource | None = None,
+        work: WorkSpace | None = None,
+    ):
         super().__init__()
         self.config = config
         decoder = causal_lm.model
@@ -93,7 +101,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         self.layer_count, self.context = len(decoder.layers), usable_context(config)
         self.source: WeightSource = source or ResidentWeights()
         self.dtype: torch.dtype = dtype or causal_lm.lm_head.weight.dtype
-        self.work = WorkSpace()
+        self.work = work or WorkSpace()
         with torch.device("cpu"):
             self.rope = RopeTable(type(decoder.rotary_emb)(config=config), config, self.context)
 
@@ -108,7 +116,8 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         config = read_config(directory)
         with torch.device("meta"):
             causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        replace_projections(causal_lm, WorkSpace())
+        work = WorkSpace()
+        replace_projections(causal_lm, work)
         tensors = read_tensors(directory)
         if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
             tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
@@ -116,7 +125,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         load_strictly(causal_lm, tensors, f"the checkpoint in {directory}", target, torch.device(device), ignored=("rotary_emb.inv_freq",))
         if config.tie_word_embeddings:
             causal_lm.lm_head.weight = causal_lm.model.embed_tokens.weight
-        return cls(causal_lm, config).eval()
+        return cls(causal_lm, config, work=work).eval()
 
     def forward_draft_or_large_model(
         self,

@@ -3,7 +3,7 @@
 Token ids in, token ids out: no tokenizer, no text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +135,7 @@ def stream(
     *,
     stop: Stop | None = None,
     acceptance: Acceptance | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Generate step by step. Nothing survives the call: an exception, or an abandoned iterator, leaves no state behind.
 
     Args:

@@ -7,7 +7,7 @@ weight's result, bit for bit. (Matrix kernels may choose another order of summat
 that does not lie on a cache line is copied to the work space as well.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -17,6 +17,12 @@ from torch.nn import functional
 BLOCK = 1 << 21
 """Numbers of a weight that are widened at a time: 8 MB in float32, which stays in the last-level cache."""
 CACHE_LINE = 64
+HALVES = (torch.float16, torch.bfloat16)
+FAST_HALF = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether the CPU's own half-precision products are worth using for many rows; else they are made in float32, and rounded once."""
+WORTH_WIDENING = 4
+"""From so many rows on, products in float32 of widened weights are faster than half-precision ones of a CPU without units for them."""
+FEW_ROWS = 12
 Fetch = Callable[[], AbstractContextManager[torch.Tensor]]
 
 
@@ -67,25 +73,47 @@ class Linear(nn.Module):
 
 def project(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None, work: WorkSpace) -> torch.Tensor:
     """`x W^T + b` in the dtype of `x`; see the module."""
-    wide = x.dtype in (torch.float32, torch.float64)
-    if weight_RK.device.type != "cpu" or not wide or (x.requires_grad and torch.is_grad_enabled()):
-        return functional.linear(x, weight_RK.to(x.dtype), bias)
-    if weight_RK.numel() <= BLOCK:
-        return functional.linear(x, ready(weight_RK, x.dtype, work), bias)
     x_TK = x.reshape(-1, x.shape[-1])
-    out_RT = x.new_empty(len(weight_RK), len(x_TK))
-    rows = BLOCK // weight_RK.shape[1]
-    for start in range(0, len(weight_RK), rows):
-        # with few rows in x, W x^T is up to three times as fast as x W^T
-        torch.mm(ready(weight_RK[start : start + rows], x.dtype, work), x_TK.t(), out=out_RT[start : start + rows])
-    out_TR = out_RT.t().contiguous()
+    narrow = x.dtype in HALVES
+    if narrow:  # rounded before it is widened, as a resident weight is when it is loaded
+        weight_RK = weight_RK.to(x.dtype)
+    if weight_RK.device.type != "cpu" or x.requires_grad or (narrow and (FAST_HALF or len(x_TK) < WORTH_WIDENING)):
+        return functional.linear(x, weight_RK.to(x.dtype), bias)
+    wide_TK = x_TK.float() if narrow else x_TK
+    if weight_RK.numel() <= BLOCK:
+        out_TR = functional.linear(wide_TK, ready(weight_RK, wide_TK.dtype, work))
+    else:
+        threads = torch.get_num_threads()
+        rows = max(BLOCK // weight_RK.shape[1] // threads, 1) * threads
+        blocks = (weight_RK[start : start + rows] for start in range(0, len(weight_RK), rows))
+        out_TR = torch.cat([times_block(wide_TK, ready(block, wide_TK.dtype, work)) for block in blocks], dim=1)
+    out_TR = out_TR.to(x.dtype)
     return (out_TR if bias is None else out_TR + bias).view(*x.shape[:-1], len(weight_RK))
+
+
+def times_block(x_TK: torch.Tensor, block_RK: torch.Tensor) -> torch.Tensor:
+    """`x W^T` [T, R], the block cut into one piece per thread.
+
+    Matrix libraries share a product with few rows badly among threads; a batch of products they share well. On the CPU measured, two
+    threads took half the time so. With few rows in x, `x W^T` is the faster order, with many `W x^T`.
+    """
+    pieces = torch.get_num_threads() if len(block_RK) % torch.get_num_threads() == 0 else 1
+    pieces_PRK = block_RK.view(pieces, -1, block_RK.shape[1])
+    if len(x_TK) <= FEW_ROWS:
+        return torch.bmm(x_TK.expand(pieces, *x_TK.shape), pieces_PRK.transpose(1, 2)).transpose(0, 1).reshape(len(x_TK), -1)
+    return torch.bmm(pieces_PRK, x_TK.t().expand(pieces, *x_TK.t().shape)).view(len(block_RK), -1).t()
 
 
 def ready(block_RK: torch.Tensor, dtype: torch.dtype, work: WorkSpace) -> torch.Tensor:
     """The block itself where it can be multiplied as it lies, else a copy in the work space."""
     fits = block_RK.dtype == dtype and block_RK.data_ptr() % CACHE_LINE == 0
     return block_RK if fits else work.widened(block_RK, dtype)
+
+
+def work_bytes(numbers: int, stored: Iterable[torch.dtype], compute: torch.dtype) -> int:
+    """Bytes that `project` takes on a CPU beside weights of up to `numbers` numbers: blocks; in half precision, a rounded copy."""
+    blocks = min(BLOCK, numbers) * max(compute.itemsize, torch.float32.itemsize)
+    return blocks + (numbers * compute.itemsize if compute in HALVES and set(stored) - {compute} else 0)
 
 
 def replace_projections(module: nn.Module, work: WorkSpace) -> None:

@@ -39,6 +39,10 @@ def memory_options(args: argparse.Namespace, max_new_tokens: int, nodes: Iterabl
             )
         require(not args.ledger, "--ledger shows what a budget is spent on; give --memory-budget or --no-pinning with it.")
         return None
+    require(
+        args.budget_positions is None or (args.memory_budget is not None and args.budget_covers != "weights"),
+        "--budget-positions sizes the caches, which only a --memory-budget for the whole process counts; give one, or leave it out.",
+    )
     default = MemoryOptions()
     positions = PROMPT_POSITIONS + max_new_tokens if args.budget_positions is None else args.budget_positions
     return MemoryOptions(

@@ -156,7 +156,7 @@ def cycle_row(record: Record) -> str:
 
 
 def read_cycles(path: Path) -> list[Record]:
-    """The cycles of a file, in the order in which they were made; of one that an interrupted run left and the next made again, the last."""
+    """The cycles of a file, in the order in which they were made; of an answer that was begun more than once, only the last attempt's."""
     if not path.is_file():
         raise CatsError(f"there is no file {path}; give one that CATS_dynamic wrote by --trace-file.")
     needed = ("question_id", "turn", "cycle", "prefill", "started", "seconds", "spans", *COUNTS)
@@ -165,9 +165,10 @@ def read_cycles(path: Path) -> list[Record]:
         missing = [name for name in needed if name not in record]
         if missing:
             raise CatsError(f"line {number} of {path} has no {missing[0]!r}; give a file that CATS_dynamic wrote by --trace-file.")
-        key = (record.get("model_id"), record.get("run"), record["question_id"], record["turn"], record["cycle"])
-        cycles.pop(key, None)
-        cycles[key] = record
+        answer = (record.get("model_id"), record.get("run"), record["question_id"], record["turn"])
+        if (*answer, record["cycle"]) in cycles:
+            cycles = {key: kept for key, kept in cycles.items() if key[:-1] != answer or key[-1] < record["cycle"]}
+        cycles[*answer, record["cycle"]] = record
     if not cycles:
         raise CatsError(f"{path} holds no cycle yet; wait for the first answer.")
     return list(cycles.values())
@@ -176,7 +177,7 @@ def read_cycles(path: Path) -> list[Record]:
 def parse_range(text: str) -> slice:
     """`A:B` as the cycles at positions A to B, B not included; either may be left out."""
     begin, colon, end = text.partition(":")
-    if not colon or not all(part == "" or part.isdigit() for part in (begin, end)):
+    if not colon or not all(part == "" or part.isdecimal() for part in (begin, end)):
         raise CatsError(f"--cycles {text!r} is no range; write A:B, positions from 0 in the file's order, B not included.")
     return slice(int(begin) if begin else None, int(end) if end else None)
 

@@ -153,6 +153,16 @@ def exit_of(adapter: Path) -> int:
     return int(exit_layer)
 
 
+def check_exits(draft: Path, shallows: Sequence[Path]) -> None:
+    """Raise `CatsError` where a shallow adapter's exit does not come after the draft adapter's."""
+    for shallow in shallows:
+        if exit_of(shallow) <= exit_of(draft):
+            raise CatsError(
+                f"the exit {exit_of(shallow)} of {shallow} is not behind the exit {exit_of(draft)} of the draft adapter {draft}; "
+                "exchange or replace them."
+            )
+
+
 def measure(row: Row, exercise: Exercise) -> dict[str, Any]:
     """The first choice that fits, measured; the last refusal where none does."""
     refused: dict[str, Any] = {}
@@ -301,10 +311,10 @@ def report(args: argparse.Namespace, exercise: Exercise, measured: Sequence[tupl
     flash = "the disk as it is" if rate is None else f"emulated {rate_text(rate)}"
     return (
         f"# {TITLES[args.table]}: {Path(args.model_path).resolve().name}\n\nBudgets cover the weights only. {len(exercise.prompts)} "
-        f"prompts of {args.bench}, at most {args.max_new_tokens} tokens each, greedy; flash: {flash}; {about['threads']} thread(s), "
+        f"prompt(s) of {args.bench}, at most {args.max_new_tokens} tokens each, greedy; flash: {flash}; {about['threads']} thread(s), "
         f"{about['cpu']}. Speeds are of single runs, prefill left out. Streamed bytes are those read: windows of matrices and rows of "
         "the embedding table; by the plan: bytes of a pass by accepted length. The paper's formula charges the draft's layers again in "
-        f"every drafting pass, and knows no pinning.\n\n{rendered(measured, PAPER_COLUMNS[args.table])}"
+        f"every drafting pass of a full cycle, and knows no pinning.\n\n{rendered(measured, PAPER_COLUMNS[args.table])}"
     )
 
 
@@ -349,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.questions < 1 or args.max_new_tokens < 2:
         raise CatsError("give at least 1 of --questions and 2 of --max-new-tokens.")
+    check_exits(args.draft_adapter_path, args.shallow_adapter_paths)
     exercise = exercise_of(args, load_chat(args.model_path, args.template))
     sizes = [
         sum(place.nbytes for place in locate_tensors(path).values()) for path in (args.draft_adapter_path, *args.shallow_adapter_paths)
@@ -356,8 +367,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = [(parse_amount(text, "--budgets"), 0) for text in args.budgets or ()]
     budgets = given or scaled_budgets(args.model_path, max(sizes))
     measured: list[tuple[Row, dict[str, Any]]] = []
-    for row in TABLES[args.table](budgets, args.draft_adapter_path, args.shallow_adapter_paths):
-        sys.stderr.write(f"{amount(row.budget_bytes)}, {row.name}, {'pinned' if row.pinning else 'not pinned'} ...\n")
+    rows = list(TABLES[args.table](budgets, args.draft_adapter_path, args.shallow_adapter_paths))
+    for place, row in enumerate(rows, start=1):
+        pinned = "pinned" if row.pinning else "not pinned"
+        sys.stderr.write(f"row {place} of {len(rows)}: {amount(row.budget_bytes)}, {row.name}, {pinned} ...\n")
         measured.append((row, measure(row, exercise)))
     about = environment()
     text = report(args, exercise, measured, about)

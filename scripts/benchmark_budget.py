@@ -186,11 +186,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse counts below 1 and missing adapters before anything runs."""
+    for name in ("repeats", "tokens", "prompt_tokens", "threads", "ring_buffers", "steps", "tree_topk"):
+        if getattr(args, name) < 1:
+            raise CatsError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    if "cats" in args.engines and None in (args.draft_adapter_path, args.shallow_adapter_path):
+        raise CatsError("CATS needs --draft-adapter-path and --shallow-adapter-path; give them, or choose --engines without cats.")
+
+
 def request_of(args: argparse.Namespace, engine: str) -> Request:
     """The run of one engine."""
     adapters = (args.draft_adapter_path, args.shallow_adapter_path)
-    if "cats" in args.engines and None in adapters:
-        raise CatsError("CATS needs --draft-adapter-path and --shallow-adapter-path; give them, or choose --engines without cats.")
     return Request(
         engine=engine,
         model=args.model_path,
@@ -209,17 +216,17 @@ def request_of(args: argparse.Namespace, engine: str) -> Request:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fill in what is missing, write the table."""
     args = parse(argv)
-    if args.repeats < 1 or args.tokens < 1:
-        raise CatsError("--repeats and --tokens are counts; give 1 or more.")
+    check_flags(args)
     request, rate = request_of(args, REFERENCE), rate_of(args)
     runs, settings_file = args.output.with_suffix(".runs.jsonl"), args.output.with_suffix(".settings.json")
     settings = {
         **dataclasses.asdict(request),
         "model": weights_fingerprint(args.model_path),
         "limited": not args.no_limit,
+        "adapters": [weights_fingerprint(path) for path in request.adapters or ()],
         "read_rate": rate,
     }
-    settings = {name: value for name, value in settings.items() if name not in ("engine", "adapters")}
+    del settings["engine"]
     check_settings(settings_file, settings, runs)
     write_json(settings_file, {"settings": settings})
     done = {(record["repeat"], record["engine"]) for record in read_records(runs) if "failed" not in record}

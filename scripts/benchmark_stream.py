@@ -99,6 +99,7 @@ def measure(streamer: Streamer, repeats: int) -> dict[str, Any]:
 
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint directory with safetensors")
     parser.add_argument("--ring-buffers", type=int, default=2, help="ring of this many times the largest matrix (default: %(default)s)")

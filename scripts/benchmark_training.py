@@ -31,6 +31,7 @@ from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError, exit_with_sentence
 from cats.files import write_atomically
 from evaluation.timing import environment
+from scripts.memory_run import peak_bytes
 from training.adapter_run import AdapterRun
 from training.adapter_start import starting_adapters
 from training.adapter_trainer import AdapterTrainer
@@ -48,7 +49,6 @@ LENGTH = 384
 ROWS = 8
 SHARDS = 4
 STEPS_FOR_MEMORY = 4
-STATUS = Path("/proc/self/status")
 
 
 def random_rows(config: PretrainedConfig, count: int, share: float) -> TokenRows:
@@ -153,12 +153,6 @@ def measure_time(base: EarlyExitLlamaForCausalLM, rows: TokenRows, states: Path,
     return figures
 
 
-def peak_bytes() -> int:
-    """High-water mark of this process's resident memory, the mapped pages of files included."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def memory_in_this_process(kind: str, count: int, share: float, states: Path) -> None:
     """Train a few steps (none for the kind "imports") and print the peak."""
     rows = random_rows(read_config(TINY), ROWS * SHARDS, share)
@@ -171,7 +165,7 @@ def memory_in_this_process(kind: str, count: int, share: float, states: Path) ->
 
 def measure_memory(share: float, threads: int, states: Path) -> dict[str, int]:
     """Peak bytes of a fresh process per case."""
-    if not STATUS.exists():
+    if not Path("/proc/self/status").exists():
         raise CatsError("peak memory is read from /proc, which this system has not; run on Linux, or give --no-memory.")
     peaks = {}
     for kind, count in (("imports", 0), *((kind, count) for kind in ("on the fly", "stored") for count in range(1, len(EXITS) + 1))):
@@ -196,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory-of", nargs=2, metavar=("KIND", "EXITS"), help="measure one case in this process and print its peak")
     parser.add_argument("--states", type=Path, help="with --memory-of: where the stored states lie")
     arguments = parser.parse_args(argv)
-    if not 0 < arguments.answer_share <= 1 or arguments.rounds < 1:
-        raise CatsError("--answer-share must lie above 0 and at most at 1, and --rounds must be at least 1.")
+    if not 0 < arguments.answer_share <= 1 or min(arguments.rounds, arguments.threads) < 1:
+        raise CatsError("--answer-share must lie above 0 and at most at 1, and --rounds and --threads must be at least 1.")
     torch.set_num_threads(arguments.threads)
     share = arguments.answer_share
     if arguments.memory_of:

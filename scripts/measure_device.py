@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from cats.checkpoint import DTYPES, parse_dtype, weight_files
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError, exit_with_sentence
-from cats.linear import WorkSpace, replace_projections
+from cats.linear import WorkSpace, replace_projections, work_bytes
 from cats.planning.plan import amount, parse_amount
 from cats.planning.profile import DeviceProfile, Table, save_device
 from cats.runtime.budget import interpreter_bytes
@@ -83,8 +83,8 @@ def dtypes_of(args: argparse.Namespace, config: PretrainedConfig) -> tuple[torch
 
 def build(
     config: PretrainedConfig, stored: torch.dtype, compute: torch.dtype, device: torch.device, layers: int
-) -> tuple[EarlyExitLlamaForCausalLM, WorkSpace]:
-    """A model of `layers` layers with random matrices in `stored`, and the work space of its arithmetic."""
+) -> EarlyExitLlamaForCausalLM:
+    """A model of `layers` layers with random matrices in `stored`."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -99,7 +99,7 @@ def build(
         held = stored if parameter.dim() == 2 else compute
         values = torch.randn(parameter.shape, dtype=torch.float32).mul_(0.02).to(device, held)
         setattr(causal_lm.get_submodule(owner), last, torch.nn.Parameter(values, requires_grad=False))
-    return EarlyExitLlamaForCausalLM(causal_lm, config, compute).eval(), work
+    return EarlyExitLlamaForCausalLM(causal_lm, config, compute, work=work).eval()
 
 
 def median_seconds(action: Callable[[], object], repeats: int) -> float:
@@ -126,6 +126,12 @@ def time_layers(model: EarlyExitLlamaForCausalLM, nodes: Sequence[int], context:
         layers.append((count, median_seconds(run_layers, repeats) / model.layer_count))
         heads.append((count, median_seconds(lambda states=states: model.target_logits(states), repeats)))  # type: ignore[misc]
     return tuple(layers), tuple(heads)
+
+
+def work_bytes_of(model: EarlyExitLlamaForCausalLM, stored: torch.dtype) -> int:
+    """What the runtime charges for the projections' work space."""
+    largest = max(weight.numel() for weight in (*model.layers.parameters(), *model.lm_head.parameters()))
+    return work_bytes(largest, [stored], model.dtype) if model.device.type == "cpu" else 0
 
 
 def memory_rate(device: torch.device, repeats: int) -> float:
@@ -167,11 +173,11 @@ def measure(args: argparse.Namespace) -> DeviceProfile:
     with file_to_read(args) as path:
         rates = [measure_read_rate(path) for _ in tqdm(range(args.repeats), desc="disk")]
     memory = memory_rate(device, args.repeats)
-    model, work = build(config, stored, compute, device, 1)
+    model = build(config, stored, compute, device, 1)
     layer_bytes = sum(weight.nbytes for weight in model.layers.parameters() if weight.dim() == 2)
     wanted = max(1, min(math.ceil(BEYOND_CACHE / layer_bytes), config.num_hidden_layers))
     if wanted > 1:
-        model, work = build(config, stored, compute, device, wanted)
+        model = build(config, stored, compute, device, wanted)
     layers, heads = time_layers(model, sorted({1, *args.nodes}), args.context, args.repeats)
     made_on = environment()
     where = made_on["gpus"][0] if device.type == "cuda" else cpu_model()
@@ -185,7 +191,7 @@ def measure(args: argparse.Namespace) -> DeviceProfile:
         lm_head_seconds=heads,
         interpreter_bytes=interpreter,
         compute_itemsize=compute.itemsize,
-        widen_bytes=work.nbytes,
+        widen_bytes=work_bytes_of(model, stored),
         notes=notes_of(args, rates, wanted, stored, compute, made_on),
     )
 

@@ -50,7 +50,10 @@ class Group:
                 (self._folders[1] / "blkio.throttle.read_bps_device").write_text(f"{disk_number(disk_of)} {int(read_rate)}")
         except OSError as error:
             self.close()
-            raise CatsError(f"no control group can be made under {GROUPS} ({error.strerror}); run as root, or use --no-limit.") from error
+            raise CatsError(
+                f"no version 1 control group can be made under {GROUPS} ({error.strerror}); run as root where there are such groups, "
+                "or use --no-limit."
+            ) from error
 
     def join(self) -> None:
         """Put the calling process into the group."""
@@ -116,7 +119,7 @@ def run_limited(
             child.wait()
         peak = group.peak_bytes if group else None
     if status == -signal.SIGKILL:
-        return Outcome("killed by the kernel at the memory limit", peak)
+        return Outcome("killed by the kernel at the memory limit" if group else "killed, perhaps for want of memory", peak)
     last = log.read_text(errors="replace").strip().splitlines()
     return Outcome(None if status == 0 else (last[-1] if last else f"exit status {status}"), peak)
 

@@ -23,6 +23,8 @@ from cats.planning.profile import AcceptanceProfile, DeviceProfile, load_accepta
 
 PROFILES = Path(__file__).resolve().parent.parent / "data" / "profiles"
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ARITHMETIC = {2: "bfloat16", 4: "float32", 8: "float64"}
+"""Bytes of one number -> the --dtype that a profile of such arithmetic stands for, where weights are stored otherwise."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--memory-budget", help="8GB, 500MB, 2GiB (default: no limit)")
     parser.add_argument("--budget-covers", choices=("process", "weights"), default="process", help="default: %(default)s")
-    parser.add_argument("--flash-bandwidth", help="1GB/s: a rate to plan with instead of the profile's")
+    parser.add_argument("--flash-bandwidth", help="1GB/s: a flash to be imitated, instead of the profile's")
     parser.add_argument("--method", choices=("cascade", "autoregressive"), help="default: whichever is faster")
     parser.add_argument("--draft-exit", type=int, help="default: what acceptance was measured with")
     parser.add_argument("--shallow-exits", type=int, nargs="+", help="exits with an adapter (default: those of the acceptance profile)")
@@ -67,8 +69,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
     return config
 
 
-def model_of(args: argparse.Namespace, device: DeviceProfile) -> tuple[ModelSizes, int]:
-    """The sizes of the model and its context."""
+def model_of(args: argparse.Namespace, device: DeviceProfile) -> tuple[ModelSizes, int, int]:
+    """The sizes of the model, its context, and bytes of one stored number."""
     config = read_configuration(args.config or args.model_path / "config.json")
     if config.get("num_hidden_layers") == 1 and args.layers is None:
         raise CatsError(
@@ -80,13 +82,15 @@ def model_of(args: argparse.Namespace, device: DeviceProfile) -> tuple[ModelSize
     context = config.get("max_position_embeddings")
     if not isinstance(context, int) or context < 1:
         raise CatsError("the configuration does not say max_position_embeddings; give --budget-positions with a complete config.json.")
-    return sizes_of(config, ITEMSIZES[dtype], device, args.layers), context
+    return sizes_of(config, ITEMSIZES[dtype], device, args.layers), context, ITEMSIZES[dtype]
 
 
 def fixed_settings(args: argparse.Namespace, context: int) -> dict[str, Any]:
     """What was given on the command line."""
     given = {name: getattr(args, name) for name in (*CASCADE_SETTINGS, "method", "draft_exit", "shallow_exit", "ring_buffers")}
     fixed = {name: value for name, value in given.items() if value is not None}
+    if args.budget_positions is not None and args.budget_positions < 1:
+        raise CatsError(f"budget-positions is {args.budget_positions}; it must be at least 1.")
     fixed["positions"] = min(args.budget_positions or context, context)
     if args.no_pinning:
         fixed["pinning"] = False
@@ -95,18 +99,21 @@ def fixed_settings(args: argparse.Namespace, context: int) -> dict[str, Any]:
     return fixed
 
 
-def flags_of(choice: Choice, args: argparse.Namespace) -> list[str]:
+def flags_of(choice: Choice, args: argparse.Namespace, stored_itemsize: int) -> list[str]:
     """What to give to evaluation.CATS_dynamic, beside model and adapters."""
     best, memory = choice.best, choice.memory
     flags = [f"--method {best.method.name}"]
     if isinstance(best.method, CascadeConfig):
         flags += [f"--draft-layer {best.exits[0]}", f"--shallow-layer {best.exits[1]}"]
         flags += [f"--{name.replace('_', '-')} {getattr(best.method, name)}" for name in CASCADE_SETTINGS]
+    if memory.demand.compute_itemsize != stored_itemsize and memory.demand.compute_itemsize in ARITHMETIC:
+        flags.append(f"--dtype {ARITHMETIC[memory.demand.compute_itemsize]}")
     if memory.budget_bytes is not None:
         flags += [f"--memory-budget {args.memory_budget.replace(' ', '')}", f"--budget-covers {memory.covers}"]
-        flags.append(f"--budget-positions {memory.demand.positions}")
+        flags += [f"--budget-positions {memory.demand.positions}"] if memory.covers == "process" else []
     if memory.streamed:
         flags.append(f"--ring-buffers {memory.demand.ring_buffers}")
+        flags += [f"--flash-bandwidth {args.flash_bandwidth.replace(' ', '')}"] if args.flash_bandwidth else []
     if not memory.demand.pinning:
         flags.append("--no-pinning")
     return flags
@@ -167,11 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, acceptance = load_device(args.profile), load_acceptance(args.acceptance)
     if args.flash_bandwidth is not None:
         device = replace(device, flash_bytes_per_second=float(parse_amount(args.flash_bandwidth, "--flash-bandwidth")))
-    sizes, context = model_of(args, device)
+    sizes, context, stored_itemsize = model_of(args, device)
     budget = None if args.memory_budget is None else parse_amount(args.memory_budget, "--memory-budget")
     exits = args.shallow_exits or sorted({point.shallow_exit for point in acceptance.points} - {acceptance.draft_exit})
     choice = choose(sizes, device, acceptance, budget, args.budget_covers, exits, fixed_settings(args, context))
-    flags = flags_of(choice, args)
+    flags = flags_of(choice, args, stored_itemsize)
     if args.json:
         others = [priced(candidate, sizes) for candidate in choice.alternatives]
         best = priced(choice.best, sizes)

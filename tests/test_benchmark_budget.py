@@ -74,6 +74,7 @@ def test_figures_are_paired_and_named() -> None:
 
 def test_finished_runs_are_not_made_again(request_for: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
+    assert request_for.adapters is not None
 
     def pretend(request: Request, *_: object) -> dict[str, Any]:
         made.append(request.engine)
@@ -87,6 +88,9 @@ def test_finished_runs_are_not_made_again(request_for: Request, tmp_path: Path, 
     assert made == ["plain", "mmap", "mmap"]
     with pytest.raises(SystemExit):
         main([*flags, "--tokens", "9"])
+    with pytest.raises(SystemExit):
+        main([*flags, "--draft-adapter-path", request_for.adapters[0], "--shallow-adapter-path", request_for.adapters[1]])
+    assert made == ["plain", "mmap", "mmap"], "runs of other settings or adapters are not taken up"
     assert "NOT enforced" in output.with_suffix(".md").read_text()
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,31 @@ def stopped_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[sign
         flags = flags_of(asked, folder / number.name, "--model-path", str(ROOT / "data" / "tiny"), "--max-new-tokens", "60")
         command = [sys.executable, "-m", "evaluation.CATS_dynamic", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        started[number] = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started[number] = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        )
     try:
-        yield {number: stop(process, number, folder / number.name) for number, process in started.items()}
+        with ThreadPoolExecutor() as pool:
+            ends = {number: pool.submit(stop, process, number, folder / number.name) for number, process in started.items()}
+            yield {number: end.result() for number, end in ends.items()}
     finally:
         for process in started.values():
             process.kill()
             process.wait()
+
+
+def heed_interrupts() -> None:
+    """Undo what a shell does to programs in the background, which makes them deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """Interrupts are heard in this process, wherever the tests were started."""
+    previous = signal.getsignal(signal.SIGINT)
+    heed_interrupts()
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def stop(process: "subprocess.Popen[str]", number: signal.Signals, output: Path) -> tuple[Path, int, str]:
@@ -93,6 +112,7 @@ def test_a_signal_in_mid_cycle_ends_the_run_with_a_sentence_and_the_next_run_goe
     assert whole[: len(finished)] == finished
 
 
+@pytest.mark.usefixtures("heeded_interrupts")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_between_two_questions_keeps_what_is_finished(
     number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]

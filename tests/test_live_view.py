@@ -122,13 +122,13 @@ def test_reads_that_follow_on_each_other_are_one() -> None:
     assert ended(spans, 1.0, 3.0) == spans[1:3]
 
 
-def test_of_cycles_that_were_made_again_the_last_counts_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+def test_an_answer_begun_again_leaves_nothing_of_its_first_attempt_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
-    for trace in (PREFILL, CYCLE, PREFILL):
-        append_record(file, cycle_record({**LABEL, "cycle": int(trace is CYCLE)}, trace, (), (), 0.0), durable=False)
+    for question, cycle in [(81, 0), (81, 1), (81, 2), (82, 0), (81, 0), (81, 1)]:
+        append_record(file, cycle_record({**LABEL, "question_id": question, "cycle": cycle}, CYCLE, (), (), 0.0), durable=False)
     with file.open("a") as stream:
         stream.write('{"model_id": "m", "ru')
-    assert [record["cycle"] for record in read_cycles(file)] == [1, 0]
+    assert [(record["question_id"], record["cycle"]) for record in read_cycles(file)] == [(82, 0), (81, 0), (81, 1)]
 
 
 def test_lanes_are_bars_since_the_first_cycle(tmp_path: Path, clock: None) -> None:

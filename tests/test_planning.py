@@ -12,6 +12,7 @@ import pytest
 
 from cats import AutoregressiveConfig, CascadeConfig, build_method
 from cats.errors import CatsError
+from cats.memory_flags import memory_options
 from cats.planning.cost import (
     Work,
     cascade_work,
@@ -38,6 +39,8 @@ from cats.planning.profile import (
     save_device,
     token_acceptance,
 )
+from evaluation import CATS_dynamic
+from evaluation.options import chosen_method
 from scripts import measure_device
 from scripts import plan as plan_command
 
@@ -530,11 +533,25 @@ def test_plan_command_overrides_and_refusals(capsys: pytest.CaptureFixture[str],
         (["--model-path", str(tmp_path), *VICUNA[4:]], "is no configuration"),
         ([*VICUNA, "--memory-budget", "1GB"], "too small"),
         ([*VICUNA, "--ring-buffers", "0"], "ring-buffers is 0"),
+        ([*VICUNA, "--budget-positions", "0"], "budget-positions is 0"),
     ):
         with pytest.raises(SystemExit) as left:
             plan_command.main(arguments)
         assert left.value.code == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "memory", [[], ["--memory-budget", "6 GB"], ["--memory-budget", "3GB", "--budget-covers", "weights", "--no-pinning"]]
+)
+def test_the_flags_printed_are_those_of_the_evaluation(capsys: pytest.CaptureFixture[str], memory: list[str]) -> None:
+    """Pasted behind model and adapters, they say what was planned."""
+    plan_command.main([*VICUNA, *memory, "--method", "cascade", "--shallow-exits", "5", "--flash-bandwidth", "1GB/s", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    pasted = CATS_dynamic.parse(["--model-id", "m", "--model-path", "p", *" ".join(plan["flags"]).split()])
+    assert (pasted.method, pasted.draft_layer, pasted.shallow_layer) == ("cascade", *plan["exits"])
+    assert vars(chosen_method("cascade", pasted)) == {name: value for name, value in plan["settings"].items() if name != "method"}
+    assert (memory_options(pasted, 8, [1]) is None) == (not memory)
 
 
 def test_flags_are_those_of_the_methods() -> None:
@@ -552,7 +569,7 @@ def test_measure_device_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [nodes for nodes, _ in device.layer_seconds] == [1, 3]
     assert device.layer_bytes == 786432
     assert device.compute_itemsize == (2 if dtype == "bfloat16" else 4)
-    assert bool(device.widen_bytes) == (dtype == "float32")
+    assert device.widen_bytes > 0
     assert [path.name for path in tmp_path.iterdir()] == ["device.json"]
     sizes = sizes_of(json.loads((TINY / "config.json").read_text()), 2, device)
     tiny = load_acceptance(PROFILES / "tiny_acceptance.json")

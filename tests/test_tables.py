@@ -100,6 +100,14 @@ def test_a_row_that_was_refused_keeps_its_columns() -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_a_shallow_exit_that_is_not_behind_the_drafts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"bytes-per-token --model-path {TINY} --draft-adapter-path {SHALLOWS[0]} --shallow-adapter-paths {SHALLOWS[1]} {DRAFT}"
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags.split(), "--output", str(tmp_path / "table4.json")])
+    assert stopped.value.code == 2
+    assert "the exit 2 of" in capsys.readouterr().err
+
+
 def test_an_adapter_that_does_not_say_its_exit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(CatsError, match="does not say the exit"):

@@ -59,7 +59,13 @@ def sentence(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], Non
     return line
 
 
-@pytest.mark.parametrize("moment", [KILLED_BETWEEN_MICRO_BATCHES, KILLED_WHILE_SAVING], ids=["between micro-batches", "while saving"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(KILLED_BETWEEN_MICRO_BATCHES, id="between micro-batches"),
+        pytest.param(KILLED_WHILE_SAVING, id="while saving", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_under_kill_9_ends_with_the_bits_of_the_straight_one(speaking: TinyModel, tmp_path: Path, moment: str) -> None:
     """SIGKILL in the middle of the first epoch, then the same command again."""
     data = write(tmp_path / "chats.json", 24)
@@ -183,6 +189,13 @@ def test_an_adapter_of_another_width_as_the_start(speaking: TinyModel, tmp_path:
     data, tiny = write(tmp_path / "chats.json", 8), ROOT / "data" / "tiny" / "adapters" / "draft_exit2"
     flags = ["--data-path", str(data), "--steps", "1", "--exit-layers", "2", "--init-adapter", str(tiny)]
     assert "is 192 wide" in sentence(capsys, train_finetune.main, training_flags(speaking, tmp_path / "out", *flags))
+
+
+def test_a_template_beside_given_adapters_is_refused(speaking: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "chats.json", 8)
+    flags = ["--data-path", str(data), "--steps", "1", "--exit-layers", "1", "--init-adapter", str(speaking.draft)]
+    refused = training_flags(speaking, tmp_path / "out", *flags, "--configpath", "data/vicuna_7B_config.json")
+    assert "--configpath would do nothing" in sentence(capsys, train_finetune.main, refused)
 
 
 def test_a_damaged_checkpoint(speaking: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,8 @@ def starting_adapters(
         raise CatsError(f"exit {max(exits)} must be below the {base.num_hidden_layers} layers of {model_path}.")
     if given and len(given) != len(exits):
         raise CatsError(f"--init-adapter names {len(given)} directories for {len(exits)} exits; give one per exit, in the same order.")
+    if given and config_path is not None:
+        raise CatsError("--init-adapter brings its own configuration, so --configpath would do nothing; leave one of them out.")
     template = None if given else adapter_config(base, config_path)
     if template is not None:
         check_width(template, base, f"the adapter template {config_path}", model_path)

@@ -71,6 +71,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     written.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     written.add_argument("--top-p", type=float, default=1.0)
     written.add_argument("--seed", type=int, default=0)
+    written.add_argument("--answer-rows", type=int, default=32, help="answers written at once (default: %(default)s)")
     return parser
 
 
@@ -191,7 +192,7 @@ def own_answers(
     """The chosen conversations with answers by the base model, also written to `regenerated.json` in ShareGPT format."""
     chats, (tokenizer, renderer) = chosen_conversations(arguments), text_tools(arguments)
     agree(directory / "answers.json", provenance(arguments, base), accelerator.is_main_process)
-    settings = Regeneration(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    settings = Regeneration(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed, arguments.answer_rows)
     answerer = Answerer(cats.MultiAdapterCATSModel(base), tokenizer, renderer, settings)
     accelerator.wait_for_everyone()
     regenerate(answerer, chats, directory, accelerator.process_index, accelerator.num_processes)

@@ -1,4 +1,4 @@
-"""Let the base model answer the prompts of conversations itself, by plain decoding, as distillation wants.
+"""Let the base model answer the prompts of conversations itself, by plain decoding in batches, as distillation wants.
 
 Every answer replaces the one in the conversation, and the next prompt follows the model's own answer. An answer that
 was cut off at its length ends its conversation and is marked `"finished": false`, so that no end-of-sequence token is
@@ -16,54 +16,70 @@ from transformers import PreTrainedTokenizerFast
 
 import cats
 from cats.errors import CatsError
+from training.batched_answers import Choice, Request, answer_all
 from training.chat_tokens import without_bos
 from training.conversations import Conversation, Renderer, Turn
 
 RESULT = "regenerated.json"
 
 
+CHUNK = 4  # batches of answers between two writes
+
+
 @dataclass(frozen=True)
 class Regeneration:
-    """How answers are written. Temperature 0 is greedy."""
+    """How answers are written. Temperature 0 is greedy; `rows` answers are written at once, which changes only rounding."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    rows: int = 32
 
-    def config(self, seed: int, eos: tuple[int, ...]) -> cats.GenerationConfig:
-        """The generation settings of one answer."""
-        seed += self.seed * 1_000_003
-        return cats.GenerationConfig(self.max_new_tokens, self.temperature, self.top_p, seed=seed, eos_token_ids=eos)
+    def __post_init__(self) -> None:
+        for name, valid in (
+            ("max_new_tokens", self.max_new_tokens >= 1),
+            ("temperature", self.temperature >= 0),
+            ("top_p", 0 < self.top_p <= 1),
+            ("rows", self.rows >= 1),
+        ):
+            if not valid:
+                raise CatsError(f"{name} is {getattr(self, name)}, with which no answer can be written; see ge_data --help.")
 
 
 class Answerer:
     """The model in the assistant's place."""
 
     def __init__(self, model: cats.MultiAdapterCATSModel, tokenizer: PreTrainedTokenizerFast, renderer: Renderer, settings: Regeneration):
-        self.model, self.tokenizer, self.renderer, self.settings = model, tokenizer, renderer, settings
-        self.method = cats.build_method(cats.AutoregressiveConfig())
+        self.base, self.tokenizer, self.renderer, self.settings = model.base, tokenizer, renderer, settings
+        self.choice = Choice(settings.temperature, settings.top_p)
         eos = model.base.config.eos_token_id
         self.eos = tuple(eos) if isinstance(eos, list) else (eos,)
 
-    def answer(self, chat: Conversation, number: int) -> Conversation:
-        """The conversation with the model's own answers; shorter where an answer is empty, cut off, or the context is full."""
-        turns: tuple[Turn, ...] = ()
-        for place in range(0, len(chat.turns), 2):
-            asked = (*turns, chat.turns[place])
-            prompt = self.prompt_ids(replace(chat, turns=(*asked, Turn(1, "."))))
-            if len(prompt) >= self.model.base.context:
-                break
-            config = self.settings.config(number * 1000 + place, self.eos)
-            generation = cats.generate(self.model, prompt, self.method, config)
-            text = str(self.tokenizer.decode(generation.ids, skip_special_tokens=True)).strip()
-            if not text:
-                break
-            finished = generation.finish == "eos"
-            turns = (*asked, Turn(1, text, finished))
-            if not finished:
-                break
-        return replace(chat, turns=turns)
+    def answers(self, chats: dict[int, Conversation]) -> dict[int, Conversation]:
+        """The conversations, by number, with the model's own answers; shorter where an answer is empty, cut off, or the context is full."""
+        written: dict[int, tuple[Turn, ...]] = dict.fromkeys(chats, ())
+        open_numbers = list(chats)
+        for place in range(0, max((len(chat.turns) for chat in chats.values()), default=0), 2):
+            asked = {number: (*written[number], chats[number].turns[place]) for number in open_numbers if place < len(chats[number].turns)}
+            answered = self.answer_turn({number: replace(chats[number], turns=turns) for number, turns in asked.items()}, place)
+            written |= {number: (*asked[number], turn) for number, turn in answered.items()}
+            open_numbers = [number for number, turn in answered.items() if turn.finished]
+        return {number: replace(chats[number], turns=turns) for number, turns in written.items()}
+
+    def answer_turn(self, asked: dict[int, Conversation], place: int) -> dict[int, Turn]:
+        """One answer to each conversation that ends with a question; none where it is empty or the question fills the context."""
+        prompts = {number: self.prompt_ids(replace(chat, turns=(*chat.turns, Turn(1, ".")))) for number, chat in asked.items()}
+        requests = {
+            number: Request(prompt, (self.settings.seed, number, place))
+            for number, prompt in prompts.items()
+            if len(prompt) < self.base.context
+        }
+        answer_all(self.base, list(requests.values()), self.choice, self.settings.max_new_tokens, self.eos, self.settings.rows)
+        texts = {
+            number: str(self.tokenizer.decode(request.answer, skip_special_tokens=True)).strip() for number, request in requests.items()
+        }
+        return {number: Turn(1, text, requests[number].ended) for number, text in texts.items() if text}
 
     def prompt_ids(self, chat: Conversation) -> list[int]:
         """Tokens up to where the last answer of `chat` begins."""
@@ -78,11 +94,14 @@ def regenerate(answerer: Answerer, chats: Sequence[Conversation], directory: Pat
     """
     done = {number for number, _ in finished_answers(directory)}
     open_numbers = [number for number in range(len(chats)) if number not in done][rank::processes]
-    with appending(directory / f"answers_{rank}.jsonl") as file:
-        for number in tqdm(open_numbers, desc="answer", unit="conversation", disable=rank > 0):
-            chat = answerer.answer(chats[number], number)
-            file.write(json.dumps({"number": number} | as_sharegpt(chat)) + "\n")
+    size = CHUNK * answerer.settings.rows
+    with appending(directory / f"answers_{rank}.jsonl") as file, tqdm(total=len(open_numbers), desc="answer", disable=rank > 0) as bar:
+        for start in range(0, len(open_numbers), size):
+            chunk = open_numbers[start : start + size]
+            for number, chat in answerer.answers({number: chats[number] for number in chunk}).items():
+                file.write(json.dumps({"number": number} | as_sharegpt(chat)) + "\n")
             file.flush()
+            bar.update(len(chunk))
 
 
 def appending(path: Path) -> TextIO:

@@ -193,7 +193,7 @@ def sizes_of(config: Mapping[str, Any], itemsize: int, device: DeviceProfile, la
         matrices=matrices,
         other_layer_bytes=wide * (2 * hidden + biases),
         lm_head_bytes=vocab * hidden * itemsize,
-        embedding_bytes=0,
         adapter_bytes=sum(nbytes for _, nbytes in matrices[: len(ATTENTION)]) + 2 * hidden * wide,
-        widen_bytes=device.widen_bytes if wide != itemsize else 0,
+        widen_bytes=device.widen_bytes,
+        rotary_numbers=int(config.get("max_position_embeddings") or 0) * head_dim,
     )

@@ -14,6 +14,8 @@ PAGE = 4096
 HUGE_PAGE = 2 << 20
 COVERS = ("process", "weights")
 PREFILL_ROWS = 512
+SAMPLING_BYTES = 32
+"""What choosing a token takes per logit, at most: sampling with top-p sorts probabilities in float32, with indices of 8 bytes."""
 Matrix = tuple[int, str]
 
 
@@ -24,10 +26,10 @@ class ModelSizes:
     Attributes:
         matrices: name and bytes of every matrix of one decoder layer, in the order in which a layer uses them.
         other_layer_bytes: norms and biases of one layer, always held; the model's last norm is charged as much.
-        embedding_bytes: the embedding table where it must be held; 0 where it is the head's own, or is read by rows.
         adapter_bytes: one exit adapter, as held.
         kv_width: kv_heads * head_dim.
-        widen_bytes: work space in which half-precision weights become float32, 0 where none do.
+        widen_bytes: work space of the projections (cats/linear.py).
+        rotary_numbers: positions of the context by head_dim: the cosines of a rotary table.
     """
 
     layers: int
@@ -38,19 +40,14 @@ class ModelSizes:
     matrices: tuple[tuple[str, int], ...]
     other_layer_bytes: int
     lm_head_bytes: int
-    embedding_bytes: int
     adapter_bytes: int
     widen_bytes: int = 0
+    rotary_numbers: int = 0
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of the matrices of one decoder layer."""
         return sum(nbytes for _, nbytes in self.matrices)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the whole base model's layers and head."""
-        return self.layers * (self.layer_bytes + self.other_layer_bytes) + self.lm_head_bytes
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, cov
     extra = spread([(matrix, held(bytes_of[matrix[1]], covers)) for matrix in behind], room)
     streamed = tuple(matrix for matrix in behind if matrix not in extra)
     extra_bytes = sum(held(bytes_of[name], covers) for _, name in extra)
-    charges = (*needed, *([("pinned behind the front", arena(extra_bytes, covers))] if extra else []))
+    charges = tuple((name, nbytes) for name, nbytes in (*needed, ("pinned behind the front", arena(extra_bytes, covers))) if nbytes)
     streamed_bytes = sum(bytes_of[name] for _, name in streamed)
     return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, streamed_bytes, charges)
 
@@ -140,13 +137,13 @@ def fixed_charges(sizes: ModelSizes, demand: Demand, covers: str) -> list[tuple[
     """What every plan holds, whatever is streamed."""
     weights = [
         ("lm_head", held(sizes.lm_head_bytes, covers)),
-        ("embedding table", held(sizes.embedding_bytes, covers)),
         ("norms and biases", (sizes.layers + 1) * sizes.other_layer_bytes),
         ("adapters", demand.adapters * sizes.adapter_bytes),
     ]
     working = [
         ("interpreter and libraries", demand.interpreter_bytes),
-        ("widening", sizes.widen_bytes),
+        ("work space", sizes.widen_bytes),
+        ("rotary tables", rotary_bytes(sizes, demand)),
         ("KV caches", kv_bytes(sizes, demand)),
         ("activations", activation_bytes(sizes, demand)),
     ]
@@ -159,12 +156,18 @@ def kv_bytes(sizes: ModelSizes, demand: Demand) -> int:
     return 2 * sizes.kv_width * slots * demand.compute_itemsize * (sizes.layers + demand.adapters)
 
 
+def rotary_bytes(sizes: ModelSizes, demand: Demand) -> int:
+    """Cosines and sines of every position, for the base and for every adapter, and what making one table takes in float32."""
+    return sizes.rotary_numbers * (2 * demand.compute_itemsize * (1 + demand.adapters) + 5 * 4)
+
+
 def activation_bytes(sizes: ModelSizes, demand: Demand) -> int:
-    """An upper estimate of everything else that a pass holds: states, attention over the whole cache, logits of all nodes."""
+    """An upper estimate of everything else that a pass holds: states, attention over the whole cache, logits of all nodes, sampling."""
     rows = max(demand.nodes, min(PREFILL_ROWS, demand.positions))
     slots = demand.positions + demand.nodes
     per_row = 10 * sizes.hidden + 6 * sizes.intermediate + 2 * slots
-    return demand.compute_itemsize * (rows * per_row + 4 * slots * sizes.hidden + 4 * (demand.nodes + 1) * sizes.vocab)
+    states = demand.compute_itemsize * (rows * per_row + 4 * slots * sizes.hidden)
+    return states + (demand.nodes + 1) * sizes.vocab * (demand.compute_itemsize + SAMPLING_BYTES)
 
 
 def ring_bytes(sizes: ModelSizes, demand: Demand) -> int:

@@ -41,7 +41,7 @@ class DeviceProfile:
         lm_head_bytes, lm_head_seconds: the same of the head.
         interpreter_bytes: the process before any weight is loaded.
         compute_itemsize: bytes of one number in caches and activations.
-        widen_bytes: work space of the arithmetic, 0 where weights are used as stored.
+        widen_bytes: work space of the projections, 0 where they need none.
         notes: what was measured where, and what was derived how.
     """
 

@@ -122,9 +122,7 @@ class DirectFile:
                 if error.errno == errno.EINVAL and self.mode == "direct":
                     self._leave_direct()
                     continue
-                raise CatsError(
-                    f"cannot read {what} from {self.path} ({error.strerror}); check the disk, then run again."
-                ) from error
+                raise CatsError(f"cannot read {what} from {self.path} ({error.strerror}); check the disk, then run again.") from error
             self.bytes_read += count
             if self.mode == "buffered":
                 self._drop_pages(offset + done, count)

@@ -80,8 +80,8 @@ class Link:
 
 
 def rate_text(bytes_per_second: float) -> str:
-    """Like "1.00 GB/s"; MB/s below 10 MB/s."""
-    if bytes_per_second < 1e7:
+    """Like "1.00 GB/s"; MB/s below 100 MB/s."""
+    if bytes_per_second < 1e8:
         return f"{bytes_per_second / 1e6:.2f} MB/s"
     return f"{bytes_per_second / 1e9:.2f} GB/s"
 

@@ -4,6 +4,7 @@ Weights are held and streamed as they are stored; what becomes of half precision
 embedding table is not held: its rows are read when their tokens occur (unless it is the head as well).
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,15 +21,16 @@ from cats.config import MemoryOptions
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config, usable_context
 from cats.errors import CatsError
 from cats.kv_cache import head_dim
-from cats.linear import BLOCK, Linear, WorkSpace, replace_projections
-from cats.planning.plan import Demand, MemoryPlan, ModelSizes, held, plan_memory
-from cats.runtime.arena import Arena
+from cats.linear import Linear, WorkSpace, replace_projections, work_bytes
+from cats.planning.plan import Demand, MemoryPlan, ModelSizes, amount, held, plan_memory
+from cats.runtime.arena import PAGE_BYTES, Arena
 from cats.runtime.budget import Ledger
 from cats.runtime.direct_file import DirectFile, read_tensor_into, tensor_in_window, window, window_bytes
 from cats.runtime.link import Link, check_rate, measure_read_rate
 from cats.runtime.streamer import Streamed, Streamer
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROW = "a row of the embedding table"
 MATRICES = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -59,6 +61,11 @@ class PlannedWeights:
         self._files: dict[Path, DirectFile] = {}
         self.streamer: Streamer | None = None
         self._copy: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if not plan.streamed and flash_bandwidth is not None:
+            raise CatsError(
+                f"--flash-bandwidth slows the stream of weights, and {amount(plan.charged)} of the memory budget hold them all; "
+                "leave it out, or lower --memory-budget."
+            )
         if plan.streamed:
             if flash_bandwidth is not None:
                 check_rate(flash_bandwidth, measure_read_rate(places[tensor_name(*plan.streamed[0])].path))
@@ -86,7 +93,8 @@ class PlannedWeights:
 
     def report(self) -> list[str]:
         """See `WeightSource`."""
-        return self.ledger.lines()
+        lines = self.ledger.lines()
+        return lines if self.streamer is None else [*lines, f"flash: {self.streamer.link.label}"]
 
     def held(self, name: str, grant: str) -> nn.Parameter:
         """Read a matrix that stays, as stored, onto the compute device; it is charged to `grant`."""
@@ -139,6 +147,7 @@ class SideStreamCopy:
         status = torch.cuda.cudart().cudaHostRegister(address, arena.nbytes, 0)
         if int(status) != 0:
             raise CatsError(f"CUDA could not register {arena.nbytes} bytes of host memory (error {int(status)}); lower --ring-buffers.")
+        weakref.finalize(self, unregister, address, arena)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight on the device; when this returns the host's place is free again."""
@@ -151,6 +160,11 @@ class SideStreamCopy:
         return copy
 
 
+def unregister(address: int, arena: Arena) -> None:
+    """End the registration of the arena, which must live until then: a later mapping at its address could not be registered."""
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
 class EmbeddingRows(nn.Module):
     """An embedding table whose rows are read from the checkpoint when they are asked for."""
 
@@ -158,11 +172,12 @@ class EmbeddingRows(nn.Module):
         super().__init__()
         self._place, self._source, self._dtype = place, source, dtype
         self._row_bytes = place.nbytes // place.shape[0]
-        self._arena = Arena(self._row_bytes + 2 * 4096)
+        self._arena = Arena(self._row_bytes + 2 * PAGE_BYTES)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [..] -> states [.., D] in the compute dtype."""
         tokens = ids.reshape(-1).tolist()
+        self._source.file(self._place.path).check_unchanged(ROW)
         rows = {token: self._row(token) for token in dict.fromkeys(tokens)}
         return torch.stack([rows[token] for token in tokens]).to(self._source.device).view(*ids.shape, -1)
 
@@ -171,7 +186,7 @@ class EmbeddingRows(nn.Module):
         row = TensorPlace(table.path, table.offset + token * self._row_bytes, self._row_bytes, table.dtype, table.shape[1:])
         start, length = window(row.offset, row.nbytes)
         needed = row.offset + row.nbytes - start
-        self._source.file(row.path).read_into(self._arena.view[:length], start, needed, "a row of the embedding table")
+        self._source.file(row.path).read_into(self._arena.view[:length], start, needed, ROW)
         self._source.bytes_taken += length
         return tensor_in_window(self._arena, 0, row).to(self._dtype, copy=True)
 
@@ -201,7 +216,7 @@ def load_planned(
     config = read_config(directory)
     places = locate_tensors(directory)
     if config.tie_word_embeddings and EMBEDDING in places:
-        places.setdefault(HEAD, places[EMBEDDING])
+        places[HEAD] = places[EMBEDDING]
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     wanted = {name: tensor.shape for name, tensor in causal_lm.state_dict().items()}
@@ -221,13 +236,14 @@ def load_planned(
     )
     plan = plan_memory(sizes, demand, memory.budget_bytes, memory.covers)
     source = PlannedWeights(places, plan, memory.flash_bandwidth, device)
+    work = WorkSpace()
+    replace_projections(causal_lm, work)
     place_weights(causal_lm, names, source, compute)
-    return EarlyExitLlamaForCausalLM(causal_lm, config, compute, source).eval()
+    return EarlyExitLlamaForCausalLM(causal_lm, config, compute, source, work).eval()
 
 
 def place_weights(causal_lm: Any, names: Iterable[str], source: PlannedWeights, compute: torch.dtype) -> None:
     """Fill a model built on the meta device: matrices held or streamed, norms and biases in the compute dtype."""
-    replace_projections(causal_lm, WorkSpace())
     grants = grants_of(source.plan)
     for name in names:
         module, _, parameter = name.rpartition(".")
@@ -261,8 +277,9 @@ def model_sizes(
     of_layer = {name.removeprefix("model.layers.0."): place for name, place in places.items() if name.startswith("model.layers.0.")}
     matrices = tuple((matrix, of_layer[f"{matrix}.weight"].nbytes) for matrix in MATRICES)
     small = [place for name, place in of_layer.items() if name.removesuffix(".weight") not in MATRICES]
-    widens = any(place.dtype != compute for place in places.values())
-    largest = max(place.nbytes // place.dtype.itemsize for place in (*of_layer.values(), places[HEAD]))
+    multiplied = (*of_layer.values(), places[HEAD])
+    largest = max(place.nbytes // place.dtype.itemsize for place in multiplied)
+    stored = {place.dtype for place in multiplied} | {adapter.dtype for adapter in adapters}
     return ModelSizes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -272,7 +289,7 @@ def model_sizes(
         matrices=matrices,
         other_layer_bytes=sum(place.nbytes // place.dtype.itemsize * compute.itemsize for place in small),
         lm_head_bytes=places[HEAD].nbytes,
-        embedding_bytes=0,
         adapter_bytes=max((adapter.nbytes for adapter in adapters), default=0),
-        widen_bytes=min(BLOCK, largest) * compute.itemsize if widens else 0,
+        widen_bytes=work_bytes(largest, stored, compute),
+        rotary_numbers=usable_context(config) * head_dim(config),
     )

@@ -1,0 +1,177 @@
+"""Wall clock under a slow link: plain decoding and CATS with the same budget of weights, every method with a plan of its own, in turns.
+
+    python -m scripts.benchmark_streaming --flash-bandwidth 20MB/s --output evaluation/results/streaming.json
+
+Says for every method: tokens/s against plain decoding, next to the accepted length; and the cycle's time next to its physical bound, the
+longer of what the link needs for the bytes streamed and what the processor needs for the arithmetic (the cycle less its waiting).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import cats
+from cats.checkpoint import locate_tensors
+from cats.errors import CatsError, exit_with_sentence
+from cats.memory_flags import PROMPT_POSITIONS
+from cats.planning.plan import amount, parse_amount
+from cats.runtime.link import rate_text
+from cats.runtime.weights import PlannedWeights
+from evaluation.presets import PRESET_HELP, parse_presets
+from evaluation.questions import read_questions, resolve_bench, select_questions
+from evaluation.record_file import write_json
+from evaluation.subject import end_token_ids, load_chat
+from evaluation.timing import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "data" / "tiny"
+PLAIN = "autoregressive"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method and the model that was loaded for it."""
+
+    method: cats.MethodConfig
+    model: cats.MultiAdapterCATSModel
+    answers: list[cats.Generation]
+
+    @property
+    def source(self) -> PlannedWeights:
+        """Where its weights come from."""
+        source = self.model.base.source
+        if not isinstance(source, PlannedWeights) or source.streamer is None:
+            raise CatsError(f"everything fits the budget for {self.method.name}, so nothing is streamed; give a smaller --memory-budget.")
+        return source
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", default=str(TINY), help="(default: the embedded model)")
+    parser.add_argument("--draft-adapter-path", type=Path, default=TINY / "adapters" / "draft_exit2")
+    parser.add_argument("--shallow-adapter-path", type=Path, default=TINY / "adapters" / "shallow_exit6")
+    parser.add_argument("--methods", nargs="+", default=["cascade_chain", "cascade_tree"], metavar="METHOD", help=PRESET_HELP)
+    parser.add_argument("--memory-budget", help="of weights (default: half of the checkpoint's)")
+    parser.add_argument("--flash-bandwidth", required=True, help="like 20MB/s: the link that is imitated")
+    parser.add_argument("--no-pinning", action="store_true", help="the paper's way, plain decoding included")
+    parser.add_argument("--ring-buffers", type=int, default=3)
+    parser.add_argument("--bench-name", default="mt_bench")
+    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write the result here")
+    return parser.parse_args(argv)
+
+
+def contenders_of(args: argparse.Namespace) -> dict[str, Contender]:
+    """Plain decoding and the chosen methods, each loaded under the same budget."""
+    size = sum(place.nbytes for place in locate_tensors(args.model_path).values())
+    budget = parse_amount(args.memory_budget, "--memory-budget") if args.memory_budget else size // 2
+    paths = {"draft": (args.draft_adapter_path, None), "shallow": (args.shallow_adapter_path, None)}
+    loaded = {}
+    for label, method in parse_presets([PLAIN, *args.methods]).items():
+        built = cats.build_method(method)
+        memory = cats.MemoryOptions(
+            budget_bytes=budget,
+            covers="weights",
+            flash_bandwidth=float(parse_amount(args.flash_bandwidth, "--flash-bandwidth")),
+            pinning=not args.no_pinning,
+            ring_buffers=args.ring_buffers,
+            positions=PROMPT_POSITIONS + args.max_new_tokens,
+            nodes=built.max_nodes,
+        )
+        model = cats.load(args.model_path, {name: paths[name] for name in built.adapters}, dtype=args.dtype, memory=memory)
+        loaded[label] = Contender(method, model, [])
+    return loaded
+
+
+def answer_in_turns(args: argparse.Namespace, contenders: dict[str, Contender]) -> None:
+    """Every question to every contender, the order turning by one; greedy answers that differ from plain decoding's are an error."""
+    chat = load_chat(args.model_path, None)
+    questions = select_questions(read_questions(resolve_bench(args.bench_name).path), 0, args.questions)
+    ends = end_token_ids(args.model_path, next(iter(contenders.values())).model.base.config, chat)
+    config = cats.GenerationConfig(max_new_tokens=args.max_new_tokens, eos_token_ids=ends)
+    labels = list(contenders)
+    for place, question in enumerate(tqdm(questions, desc="questions", unit="question")):
+        prompt = chat.prompt_ids(question.turns[:1], ())
+        for label in labels[place % len(labels) :] + labels[: place % len(labels)]:
+            contender = contenders[label]
+            contender.answers.append(cats.generate(contender.model, prompt, cats.build_method(contender.method), config))
+    for label, contender in contenders.items():
+        for place, (ours, plain) in enumerate(zip(contender.answers, contenders[PLAIN].answers, strict=True)):
+            if ours.ids != plain.ids:
+                raise CatsError(f"{label} differs from plain decoding on question {place}; run evaluation.correctness to see where.")
+
+
+def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
+    """Medians over cycles, prefill left out."""
+    traces = [trace for answer in contender.answers for trace in answer.traces[1:]]
+    tokens, seconds = sum(trace.committed for trace in traces), sum(trace.seconds.total for trace in traces)
+    streams = [trace.bytes_streamed / bandwidth for trace in traces]
+    computes = [trace.seconds.total - trace.seconds.stream_wait for trace in traces]
+    bounds = [max(stream, compute) for stream, compute in zip(streams, computes, strict=True)]
+    return {
+        "tokens": tokens,
+        "cycles": len(traces),
+        "accepted_length": tokens / len(traces),
+        "tokens_per_second": tokens / seconds,
+        "streamed_bytes_per_cycle": statistics.median(trace.bytes_streamed for trace in traces),
+        "cycle_seconds": statistics.median(trace.seconds.total for trace in traces),
+        "stream_seconds": statistics.median(streams),
+        "compute_seconds": statistics.median(computes),
+        "front_seconds": statistics.median(trace.seconds.draft + trace.seconds.shallow for trace in traces),
+        "cycle_by_bound": statistics.median(trace.seconds.total / bound for trace, bound in zip(traces, bounds, strict=True)),
+        "ring_bytes": contender.source.plan.ring_bytes,
+        "charged_bytes": contender.source.plan.charged,
+    }
+
+
+def table(methods: dict[str, dict[str, Any]]) -> str:
+    """The result in Markdown."""
+    lines = [
+        "| method | accepted length | tokens/s | against plain | by accepted length | streamed a cycle | cycle, s | by its bound |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {label} | {row['accepted_length']:.2f} | {row['tokens_per_second']:.2f} | {row['speed_up']:.2f} x | "
+        f"{row['speed_up'] / row['accepted_length']:.2f} | {amount(int(row['streamed_bytes_per_cycle']))} | {row['cycle_seconds']:.3f} | "
+        f"{row['cycle_by_bound']:.2f} |"
+        for label, row in methods.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load, answer in turns, report."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    contenders = contenders_of(args)
+    bandwidth = float(parse_amount(args.flash_bandwidth, "--flash-bandwidth"))
+    for contender in contenders.values():
+        sys.stderr.write("\n".join(contender.source.report()) + "\n\n")
+    answer_in_turns(args, contenders)
+    methods = {label: figures_of(contender, bandwidth) for label, contender in contenders.items()}
+    for row in methods.values():
+        row["speed_up"] = row["tokens_per_second"] / methods[PLAIN]["tokens_per_second"]
+    budget = contenders[PLAIN].source.plan.budget_bytes or 0
+    link = f"emulated {rate_text(bandwidth)}"
+    title = f"budget {amount(budget)} of weights, {link}, {'no pinning' if args.no_pinning else 'pinned'}, greedy answers identical\n\n"
+    sys.stdout.write(title + table(methods))
+    if args.output:
+        result = {"methods": methods, "budget_bytes": budget, "link": link, "pinning": not args.no_pinning, "environment": environment()}
+        write_json(args.output, json.loads(json.dumps(result)))
+
+
+if __name__ == "__main__":
+    main()
