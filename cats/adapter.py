@@ -140,12 +140,12 @@ class AdapterModel(nn.Module):
         )
         return adapter.eval()
 
-    def save_pretrained(self, directory: str | Path, also_bin: bool = False) -> None:
-        """Write `config.json` and `model.safetensors` (and `pytorch_model.bin` on request), each atomically."""
-        directory = Path(directory)
+    def save_pretrained(self, directory: str | Path, also_bin: bool = False, dtype: torch.dtype | None = None) -> None:
+        """Write `config.json` and `model.safetensors` (and `pytorch_model.bin` on request), each atomically, in `dtype` if given."""
+        directory, dtype = Path(directory), dtype or self.dtype
         fields = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
-        fields |= {"num_hidden_layers": 1, "exit_layer": self.exit_layer, "dtype": str(self.dtype).removeprefix("torch.")}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        fields |= {"num_hidden_layers": 1, "exit_layer": self.exit_layer, "dtype": str(dtype).removeprefix("torch.")}
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         write_atomically(directory / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
         if also_bin:
             write_atomically(directory / "pytorch_model.bin", lambda part: torch.save(tensors, part))

@@ -125,6 +125,12 @@ class Comparison:
         if not (result.exists() and read_json(result, "this command")["adapters_sha256"] == hashes):
             write_json(result, {"label": label} | self.figures(adapters, "test"))
 
+    def publish(self) -> None:
+        """Write the results of everything that is finished, where an output was named."""
+        if self.arguments.output:
+            settings = {name: getattr(self.arguments, name) for name in ("exits", "steps", "rows", "decode_tokens")}
+            write_results(self.root, self.arguments.output, {"data": self.plan.description(), "settings": settings})
+
     def figures(self, adapters: dict[int, Path], part: str) -> dict[str, Any]:
         """Agreement on validation states; accepted length on the prompts of `part` for the first exit with each of the others.
 
@@ -215,15 +221,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [text.partition("=") for text in arguments.adapters]
     if any(not path for _, _, path in folders):
         raise CatsError("--adapters wants LABEL=FOLDER, for example before=data/tiny/adapters.")
-    if not arguments.merge:
-        comparison.prepare()
-        for cell in cells:
-            comparison.run(cell)
-        for label, _, path in folders:
-            comparison.compare(label, Path(path))
-    if arguments.output:
-        settings = {"exits": arguments.exits, "steps": arguments.steps, "rows": arguments.rows, "decode_tokens": arguments.decode_tokens}
-        write_results(comparison.root, arguments.output, {"data": comparison.plan.description(), "settings": settings})
+    if arguments.merge:
+        comparison.publish()
+        return
+    comparison.prepare()
+    for cell in cells:
+        comparison.run(cell)
+        comparison.publish()
+    for label, _, path in folders:
+        comparison.compare(label, Path(path))
+        comparison.publish()
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def built(tiny: TinyModel, outdir: Path, *more: str) -> AdapterTrainer:
 
 def test_training_lowers_the_loss_and_writes_loadable_adapters(speaking: TinyModel, data: Path, tmp_path: Path) -> None:
     argv = arguments(speaking, tmp_path / "out", "--data-path", str(data), "--steps", "30", "--names", "draft", "shallow", "--bin")
+    argv += ["--save-dtype", "bfloat16"]
     train_finetune.main(argv)
     found = losses(tmp_path / "out")
     assert len(found) == 30
@@ -69,6 +70,7 @@ def test_training_lowers_the_loss_and_writes_loadable_adapters(speaking: TinyMod
     assert AdapterModel.from_pretrained(tmp_path / "out" / "draft").exit_layer == 1
     stored = torch.load(tmp_path / "out" / "shallow" / "pytorch_model.bin", weights_only=True)
     assert stored.keys() == weights(tmp_path / "out" / "shallow").keys()
+    assert {tensor.dtype for tensor in (*stored.values(), *weights(tmp_path / "out" / "shallow").values())} == {torch.bfloat16}
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))
     assert str(tmp_path) not in (tmp_path / "out" / "draft" / "PROVENANCE.json").read_text()
 

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from cats.checkpoint import DTYPES
 from cats.earlyexit import read_config
 from cats.errors import CatsError, exit_with_sentence
 from training.adapter_run import INITS, OPTIMIZERS, PRECISIONS, SCHEDULES, AdapterRun
@@ -69,6 +70,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     start.add_argument("--configpath", help="adapter template; default: derived from the base")
     start.add_argument("--outdir", required=True, help="checkpoint, logs and one adapter directory per exit")
     start.add_argument("--names", nargs="+", help="names of the adapter directories; default: exit<l>")
+    start.add_argument("--save-dtype", choices=tuple(DTYPES), default="float32", help="of the adapters as written (default: %(default)s)")
     start.add_argument("--bin", action="store_true", help="also write pytorch_model.bin")
     add_settings(parser.add_argument_group("training"))
     parser.add_argument("--stop-epoch", type=int, default=0, help="stop after this epoch of a longer run (for drivers)")
@@ -159,7 +161,7 @@ def export(trainer: AdapterTrainer, arguments: argparse.Namespace) -> None:
     """Write the adapter directories, each with its PROVENANCE.json, and training_log.json, which adds every step."""
     outdir, facts = Path(arguments.outdir), provenance(trainer, arguments)
     for name, (exit_layer, adapter) in zip(adapter_names(arguments), trainer.adapters.items(), strict=True):
-        adapter.save_pretrained(outdir / name, arguments.bin)
+        adapter.save_pretrained(outdir / name, arguments.bin, DTYPES[arguments.save_dtype])
         figures = trainer.reports[-1]["validation"][str(exit_layer)] if trainer.reports else {}
         hashes = {"sha256": {"model.safetensors": sha256(outdir / name / "model.safetensors")}}
         write_json(outdir / name / "PROVENANCE.json", facts | {"exit_layer": exit_layer, "validation": figures} | hashes)
