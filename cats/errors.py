@@ -23,6 +23,10 @@ class CatsError(Exception):
     """Bad input or an unmet requirement; the message is one sentence for the user."""
 
 
+class BudgetError(CatsError):
+    """What was asked for does not fit the memory budget; the message says what would."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM came; treated like Ctrl-C, but for the exit status."""
 

@@ -15,7 +15,7 @@ class StageSeconds:
         accept: judging and committing.
         total: the whole step.
         compute: the part of `total` inside layers, adapters and lm_head; the rest is the engine's own overhead.
-        stream_wait: the part of `compute` spent waiting for streamed weights to arrive.
+        stream_wait: the part of `total` spent waiting for streamed weights to arrive.
     """
 
     draft: float = 0.0

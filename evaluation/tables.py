@@ -35,7 +35,7 @@ from cats import (
 from cats.adapter import read_adapter_config
 from cats.checkpoint import DTYPES, locate_tensors
 from cats.earlyexit import read_config
-from cats.errors import exit_with_sentence
+from cats.errors import BudgetError, exit_with_sentence
 from cats.files import write_atomically
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.direct_file import window, window_bytes
@@ -176,9 +176,7 @@ def measure(row: Row, exercise: Exercise) -> dict[str, Any]:
         )
         try:
             model = load(exercise.model_path, adapters, dtype=exercise.dtype, memory=memory)
-        except CatsError as error:
-            if "the budget is" not in str(error):
-                raise
+        except BudgetError as error:
             refused = {"refused": str(error), "exits": {name: exit_of(path) for name, (path, _) in adapters.items()}}
             continue
         return figures(model, method, exercise)

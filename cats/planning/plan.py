@@ -8,7 +8,7 @@ of it there is something to compute and something to read. A cyclic scan defeats
 
 from dataclasses import dataclass, field
 
-from cats.errors import CatsError
+from cats.errors import BudgetError, CatsError
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
@@ -106,7 +106,7 @@ class MemoryPlan:
 
 
 def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, covers: str = "process") -> MemoryPlan:
-    """The plan that keeps the most within `budget_bytes` (None: everything); raises `CatsError` where the demand does not fit."""
+    """The plan that keeps the most within `budget_bytes` (None: everything); raises `BudgetError` where the demand does not fit."""
     if covers not in COVERS:
         raise CatsError(f"a budget covers {' or '.join(COVERS)}, not {covers!r}.")
     fixed = fixed_charges(sizes, demand, covers)
@@ -123,7 +123,7 @@ def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, cov
     needed = [*fixed, (f"layers [0, {demand.front})", front_bytes), ("ring", arena(ring, covers))]
     left = limit - sum(nbytes for _, nbytes in needed)
     if left < 0:
-        raise CatsError(refusal(sizes, demand, int(limit), covers, needed))
+        raise BudgetError(refusal(sizes, demand, int(limit), covers, needed))
     room = int(left) // arena(1, covers) * arena(1, covers) if demand.pinning else 0
     extra = spread([(matrix, held(bytes_of[matrix[1]], covers)) for matrix in behind], room)
     streamed = tuple(matrix for matrix in behind if matrix not in extra)

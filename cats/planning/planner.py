@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cats.config import AutoregressiveConfig, CascadeConfig, MethodConfig
-from cats.errors import CatsError
+from cats.errors import BudgetError, CatsError
 from cats.planning.cost import CycleSeconds, Work, cascade_work, cycle_seconds, largest_window, node_slots, plain_work, tree_nodes
 from cats.planning.plan import Demand, MemoryPlan, ModelSizes, amount, plan_memory
 from cats.planning.profile import AcceptanceProfile, DeviceProfile, Estimate, chain_nodes
@@ -223,7 +223,7 @@ def priced(
     for wanted in problem.demands(demand):
         try:
             memory = plan_memory(problem.sizes, wanted, problem.budget_bytes, problem.covers)
-        except CatsError:
+        except BudgetError:
             continue
         yield Candidate(method, exits, memory, cycle_seconds(problem.sizes, memory, problem.device, work), accepted)
         if not memory.streamed:
@@ -239,7 +239,7 @@ def smallest_budget(problem: Problem, demand: Demand) -> int:
         try:
             plan_memory(problem.sizes, least, middle, problem.covers)
             high = middle
-        except CatsError:
+        except BudgetError:
             low = middle
     return high
 

@@ -214,6 +214,9 @@ def load_planned(
         interpreter: bytes that the process needs by itself.
     """
     config = read_config(directory)
+    for adapter in adapters:
+        if (adapter.exit_layer or 0) >= config.num_hidden_layers:
+            raise CatsError(f"an adapter reads exit {adapter.exit_layer}; exits of the base are 1 to {config.num_hidden_layers - 1}.")
     places = locate_tensors(directory)
     if config.tie_word_embeddings and EMBEDDING in places:
         places[HEAD] = places[EMBEDDING]
