@@ -12,8 +12,8 @@ _cats_paper_table() {
     done
     flags=("${@:2}")
     if [ ${#paths[@]} -eq 0 ]; then
-        paths=(data/tiny data/tiny/adapters/draft_exit2 data/tiny/adapters/shallow_exit6 data/tiny/adapters/shallow_exit8)
-        flags=(--flash-bandwidth 50MB/s ${flags[@]+"${flags[@]}"})
+        paths=(data/tiny data/tiny/adapters/draft_exit2 data/tiny/adapters/shallow_exit{4,6,8})
+        flags=(--flash-bandwidth 50MB/s --dtype float32 ${flags[@]+"${flags[@]}"})
     elif [ ${#paths[@]} -lt 3 ]; then
         printf 'error: give a model, a draft adapter and one or more shallow adapters, or nothing for the embedded model.\n' >&2
         return 2
