@@ -25,6 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+if __package__ in (None, ""):  # run as a file, as in the paper's README
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from cats import (
     METHODS,
     AutoregressiveConfig,

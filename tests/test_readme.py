@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,9 @@ def test_paths_in_the_readme_exist() -> None:
     named = set(re.findall(r"`((?:cats|training|evaluation|data|scripts|tests)/[\w./-]+\.\w+)`", README))
     assert named
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_entry_point_runs_as_a_file_from_anywhere(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "evaluation" / "CATS_dynamic.py"), "--help"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
