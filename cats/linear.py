@@ -73,22 +73,27 @@ class Linear(nn.Module):
 
 def project(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None, work: WorkSpace) -> torch.Tensor:
     """`x W^T + b` in the dtype of `x`; see the module."""
-    x_TK = x.reshape(-1, x.shape[-1])
-    narrow = x.dtype in HALVES
-    if narrow:  # rounded before it is widened, as a resident weight is when it is loaded
-        weight_RK = weight_RK.to(x.dtype)
-    if weight_RK.device.type != "cpu" or x.requires_grad or (narrow and (FAST_HALF or len(x_TK) < WORTH_WIDENING)):
+    if not weight_RK.is_cpu or x.requires_grad:
         return functional.linear(x, weight_RK.to(x.dtype), bias)
-    wide_TK = x_TK.float() if narrow else x_TK
+    if x.dtype in HALVES:
+        weight_RK = weight_RK.to(x.dtype)  # rounded before it is widened, as a resident weight is when it is loaded
+        if FAST_HALF or x.numel() < WORTH_WIDENING * x.shape[-1]:
+            return functional.linear(x, weight_RK, bias)
+        wide = project(x.float(), weight_RK, None, work).to(x.dtype)
+        return wide if bias is None else wide + bias
     if weight_RK.numel() <= BLOCK:
-        out_TR = functional.linear(wide_TK, ready(weight_RK, wide_TK.dtype, work))
-    else:
-        threads = torch.get_num_threads()
-        rows = max(BLOCK // weight_RK.shape[1] // threads, 1) * threads
-        blocks = (weight_RK[start : start + rows] for start in range(0, len(weight_RK), rows))
-        out_TR = torch.cat([times_block(wide_TK, ready(block, wide_TK.dtype, work)) for block in blocks], dim=1)
-    out_TR = out_TR.to(x.dtype)
-    return (out_TR if bias is None else out_TR + bias).view(*x.shape[:-1], len(weight_RK))
+        return functional.linear(x, ready(weight_RK, x.dtype, work), bias)
+    out = in_blocks(x, weight_RK, work)
+    return out if bias is None else out + bias
+
+
+def in_blocks(x: torch.Tensor, weight_RK: torch.Tensor, work: WorkSpace) -> torch.Tensor:
+    """`x W^T` with a weight that is widened block by block."""
+    x_TK, threads = x.reshape(-1, x.shape[-1]), torch.get_num_threads()
+    rows = max(BLOCK // weight_RK.shape[1] // threads, 1) * threads
+    blocks = (weight_RK[start : start + rows] for start in range(0, len(weight_RK), rows))
+    out_TR = torch.cat([times_block(x_TK, ready(block, x.dtype, work)) for block in blocks], dim=1)
+    return out_TR.view(*x.shape[:-1], len(weight_RK))
 
 
 def times_block(x_TK: torch.Tensor, block_RK: torch.Tensor) -> torch.Tensor:
