@@ -1,5 +1,6 @@
 """Fixtures that several test files share: tiny random models on disk, built once a session."""
 
+import signal
 from collections.abc import Callable
 from functools import cache
 
@@ -10,6 +11,12 @@ from tests import speaking_model, tiny_models
 from tests.tiny_models import FAMILIES, TinyModel
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """A shell starts its background jobs with SIGINT ignored; tests that interrupt must work there too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
