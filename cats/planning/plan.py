@@ -59,7 +59,7 @@ class Demand:
         adapters: number of exit adapters.
         positions: prompt and answer together, at most.
         nodes: tree nodes, root included, at most.
-        ring_buffers: size of the ring in largest matrices; `ring_bytes`, where given, says it in bytes instead.
+        ring_buffers: size of the ring in largest matrices.
         pinning: False is the paper's way: nothing beyond the front stays.
         compute_itemsize: bytes of one number in caches and activations.
         interpreter_bytes: the process before any weight is loaded.
@@ -70,7 +70,6 @@ class Demand:
     positions: int = 2048
     nodes: int = 1
     ring_buffers: int = 3
-    ring_bytes: int | None = None
     pinning: bool = True
     compute_itemsize: int = 4
     interpreter_bytes: int = 0
@@ -171,9 +170,8 @@ def activation_bytes(sizes: ModelSizes, demand: Demand) -> int:
 
 
 def ring_bytes(sizes: ModelSizes, demand: Demand) -> int:
-    """Bytes of the ring: what was said, or so many of the largest matrix's windows."""
-    largest = max(window(nbytes) for _, nbytes in sizes.matrices)
-    return demand.ring_buffers * largest if demand.ring_bytes is None else demand.ring_bytes
+    """Bytes of the ring: so many of the largest matrix's windows."""
+    return demand.ring_buffers * max(window(nbytes) for _, nbytes in sizes.matrices)
 
 
 def window(nbytes: int) -> int:
@@ -218,7 +216,7 @@ def refusal(sizes: ModelSizes, demand: Demand, budget_bytes: int, covers: str, n
     advice = "raise --memory-budget"
     if demand.front:
         advice += f", or use an earlier exit (each layer holds {amount(sizes.layer_bytes)})"
-    if demand.ring_buffers > 1 and demand.ring_bytes is None:
+    if demand.ring_buffers > 1:
         advice += ", or lower --ring-buffers"
     if covers == "process" and demand.positions > PREFILL_ROWS:
         advice += ", or lower --budget-positions"

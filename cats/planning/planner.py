@@ -18,7 +18,7 @@ from cats.planning.profile import AcceptanceProfile, DeviceProfile, Estimate, ch
 TREES = (16, 24, 32, 40, 60, 96, 128, 192, 256)
 RINGS = (3, 4, 6, 8)
 CASCADE_SETTINGS = ("steps", "threshold", "tree_topk", "total_tokens", "branch_rounds", "sv_passes")
-MEMORY_SETTINGS = ("ring_buffers", "ring_bytes", "positions", "pinning")
+MEMORY_SETTINGS = ("ring_buffers", "positions", "pinning")
 OTHER_SETTINGS = ("method", "draft_exit", "shallow_exit")
 Fixed = Mapping[str, Any]
 
@@ -135,7 +135,7 @@ class Problem:
         given = {name: self.fixed[name] for name in MEMORY_SETTINGS if name in self.fixed}
         device = self.device
         demand = replace(demand, compute_itemsize=device.compute_itemsize, interpreter_bytes=device.interpreter_bytes, **given)
-        rings = (demand.ring_buffers,) if {"ring_buffers", "ring_bytes"} & given.keys() else RINGS
+        rings = (demand.ring_buffers,) if "ring_buffers" in given else RINGS
         for buffers in rings:
             yield replace(demand, ring_buffers=buffers)
 
@@ -156,7 +156,7 @@ def choose(
         covers: what the budget covers, see `MemoryPlan`.
         exits: shallow exits for which there are adapters.
         fixed: settings that stay as they are: fields of `CascadeConfig`; method, draft_exit, shallow_exit; ring_buffers,
-            ring_bytes, positions, pinning. One that belongs to CATS alone asks for CATS.
+            positions, pinning. One that belongs to CATS alone asks for CATS.
 
     Raises:
         CatsError: nothing fits (the sentence says what would), or settings contradict each other.
