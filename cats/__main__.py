@@ -11,9 +11,9 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import cats
+from cats.cli.command import exit_with_sentence
+from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.config import require
-from cats.errors import exit_with_sentence
-from cats.memory_flags import add_memory_flags, memory_options
 from cats.methods import every_setting, flag_of, method_config, settings_of
 from cats.trace import StepTrace
 

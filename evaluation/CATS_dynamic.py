@@ -40,7 +40,7 @@ from cats import (
     build_method,
     generate,
 )
-from cats.errors import exit_with_sentence
+from cats.cli.command import exit_with_sentence
 from evaluation.chat import Chat
 from evaluation.eval import Asking, Contender, Forward, run_eval
 from evaluation.live_view import LiveView, check_trace_place

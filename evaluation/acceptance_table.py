@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cats import CatsError, GenerationConfig, MethodConfig, build_method
-from cats.errors import exit_with_sentence
+from cats.cli.command import exit_with_sentence
 from cats.files import write_atomically
 from evaluation.eval import Asking, Contender, run_eval
 from evaluation.metrics import ModelShape, identical_answers, mean, summarise

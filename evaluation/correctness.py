@@ -24,7 +24,7 @@ from transformers import GenerationConfig as TransformersConfig
 
 from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import parse_dtype
-from cats.errors import exit_with_sentence
+from cats.cli.command import exit_with_sentence
 from evaluation.chat import Chat
 from evaluation.options import Adapters, adapters_for, add_model_flags, chosen_memory
 from evaluation.presets import PRESET_HELP, PRESETS, parse_presets

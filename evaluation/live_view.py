@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cats import CatsError, Generation
-from cats.errors import exit_with_sentence
+from cats.cli.command import exit_with_sentence
 from cats.files import write_atomically
 from cats.trace import StepTrace
 from evaluation.metrics import ratio

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cats import METHODS, CatsError, GenerationConfig, MemoryOptions, MethodConfig, build_method
 from cats.checkpoint import DTYPES
-from cats.memory_flags import add_memory_flags, memory_options
+from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.methods import every_setting, flag_of, method_config, settings_of
 
 ADAPTERS = ("draft", "shallow")

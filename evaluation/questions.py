@@ -54,7 +54,7 @@ def resolve_bench(name: str, folder: Path = BENCH_FOLDER) -> QuestionFile:
     official = folder / "official" / question_file_name(bench)
     if official.is_file():
         return QuestionFile(official, " (the official set)")
-    return QuestionFile(folder / question_file_name(bench), " (a sample; `python -m data.prepare_benches` brings the official set)")
+    return QuestionFile(folder / question_file_name(bench), " (a sample; `python -m evaluation.prepare_benches` brings the official set)")
 
 
 def read_questions(path: str | Path) -> list[Question]:

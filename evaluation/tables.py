@@ -34,8 +34,9 @@ from cats import (
 )
 from cats.adapter import read_adapter_config
 from cats.checkpoint import DTYPES, locate_tensors
+from cats.cli.command import exit_with_sentence
 from cats.earlyexit import read_config
-from cats.errors import BudgetError, exit_with_sentence
+from cats.errors import BudgetError
 from cats.files import write_atomically
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.direct_file import window, window_bytes

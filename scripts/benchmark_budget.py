@@ -21,7 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from cats.checkpoint import DTYPES, weight_files
-from cats.errors import CatsError, exit_with_sentence
+from cats.cli.command import exit_with_sentence
+from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.planning.plan import parse_amount
 from cats.runtime.link import rate_text

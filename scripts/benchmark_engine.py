@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cats
-from cats.errors import exit_with_sentence
+from cats.cli.command import exit_with_sentence
 from cats.files import write_atomically
 from evaluation.timing import environment, paired
 

@@ -19,7 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from cats.checkpoint import TensorPlace, locate_tensors
-from cats.errors import CatsError, exit_with_sentence
+from cats.cli.command import exit_with_sentence
+from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.runtime.arena import Arena
 from cats.runtime.direct_file import REQUEST_BYTES, DirectFile

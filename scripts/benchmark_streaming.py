@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import cats
 from cats.checkpoint import locate_tensors
-from cats.errors import CatsError, exit_with_sentence
-from cats.memory_flags import PROMPT_POSITIONS
+from cats.cli.command import exit_with_sentence
+from cats.cli.memory_flags import PROMPT_POSITIONS
+from cats.errors import CatsError
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import rate_text
 from cats.runtime.weights import PlannedWeights

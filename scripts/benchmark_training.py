@@ -27,8 +27,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from cats.cli.command import exit_with_sentence
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
-from cats.errors import CatsError, exit_with_sentence
+from cats.errors import CatsError
 from cats.files import write_atomically
 from evaluation.timing import environment
 from scripts.memory_run import peak_bytes

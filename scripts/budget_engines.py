@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import cats
 from cats.checkpoint import locate_tensors, weight_files
+from cats.cli.command import exit_with_sentence
 from cats.config import MemoryOptions
-from cats.errors import exit_with_sentence
 from cats.files import write_atomically
 from cats.methods.base import Method
 from cats.runtime.budget import interpreter_bytes

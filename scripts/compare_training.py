@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cats import CatsError, Generation, GenerationConfig
 from cats.adapter import AdapterModel
-from cats.errors import exit_with_sentence
+from cats.cli.command import exit_with_sentence
 from evaluation.options import Adapters
 from evaluation.presets import PRESETS
 from evaluation.subject import load_chat, load_subject

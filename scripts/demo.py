@@ -13,7 +13,7 @@ import torch
 
 from cats import CatsError, Generation, GenerationConfig, MethodConfig
 from cats.__main__ import EMBEDDED, LiveText
-from cats.errors import exit_with_sentence
+from cats.cli.command import exit_with_sentence
 from evaluation import metrics
 from evaluation.eval import Asking, Contender, ask, warm_up
 from evaluation.options import Adapters

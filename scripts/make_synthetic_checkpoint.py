@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cats.adapter import AdapterModel
 from cats.checkpoint import CONFIG_FAULTS, DTYPES
-from cats.errors import CatsError, exit_with_sentence
+from cats.cli.command import exit_with_sentence
+from cats.errors import CatsError
 from cats.files import write_atomically
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cats.checkpoint import DTYPES, parse_dtype, weight_files
+from cats.cli.command import exit_with_sentence
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
-from cats.errors import CatsError, exit_with_sentence
+from cats.errors import CatsError
 from cats.linear import WorkSpace, replace_projections, work_bytes
 from cats.planning.plan import amount, parse_amount
 from cats.planning.profile import DeviceProfile, Table, save_device

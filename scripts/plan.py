@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cats.cli.command import exit_with_sentence
 from cats.config import CascadeConfig
-from cats.errors import CatsError, exit_with_sentence
+from cats.errors import CatsError
 from cats.planning.cost import paper_bytes_per_token, sizes_of, streamed_bytes_per_token
 from cats.planning.plan import ModelSizes, amount, parse_amount
 from cats.planning.planner import CASCADE_SETTINGS, Candidate, Choice, choose

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cats import CatsError, Generation, GenerationConfig
-from cats.errors import Terminated, exit_with_sentence, sigterm_as_interrupt
+from cats.cli.command import Terminated, exit_with_sentence, sigterm_as_interrupt
 from cats.files import write_atomically
 from evaluation import CATS_dynamic, record_file
 from evaluation.eval import Asking, Contender, run_eval

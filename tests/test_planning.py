@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cats import AutoregressiveConfig, CascadeConfig, build_method
+from cats.cli.memory_flags import memory_options
 from cats.errors import CatsError
-from cats.memory_flags import memory_options
 from cats.planning.cost import (
     Work,
     cascade_work,

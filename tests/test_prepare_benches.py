@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cats.errors import CatsError
-from data import prepare_benches
-from data.prepare_benches import OFFICIAL, main
+from evaluation import prepare_benches
+from evaluation.prepare_benches import OFFICIAL, main
 from evaluation.questions import BENCHES, read_questions
 
 SOURCES: dict[str, dict[str, Any]] = {

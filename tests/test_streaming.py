@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import cats
 from cats.acceptance import Greedy, Verdict
+from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.linear import Linear
-from cats.memory_flags import add_memory_flags, memory_options
 from cats.planning.plan import MemoryPlan
 from cats.tree import TokenTree
 from tests.methods import SHAPES

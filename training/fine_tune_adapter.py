@@ -20,7 +20,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file, as in the paper's README
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cats.errors import CatsError, exit_with_sentence
+from cats.cli.command import exit_with_sentence
+from cats.errors import CatsError
 from training.base_model import model_path_of
 from training.curves import draw_curves
 from training.regenerate import RESULT

@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerFast
 
 import cats
 from cats.checkpoint import DTYPES
+from cats.cli.command import exit_with_sentence
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
-from cats.errors import CatsError, exit_with_sentence
+from cats.errors import CatsError
 from training.base_model import base_device, load_base, model_path_of
 from training.chat_tokens import encode_chats, load_tokenizer, renderer_for
 from training.conversations import Conversation, Renderer, read_sharegpt

@@ -29,8 +29,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cats.checkpoint import DTYPES
+from cats.cli.command import exit_with_sentence
 from cats.earlyexit import read_config
-from cats.errors import CatsError, exit_with_sentence
+from cats.errors import CatsError
 from training.adapter_run import INITS, OPTIMIZERS, PRECISIONS, SCHEDULES, AdapterRun
 from training.adapter_start import starting_adapters
 from training.adapter_trainer import AdapterTrainer

@@ -28,7 +28,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cats.errors import CatsError, exit_with_sentence
+from cats.cli.command import exit_with_sentence
+from cats.errors import CatsError
 from cats.files import write_atomically
 from training.conversations import read_sharegpt, render
 from training.muon import Muon

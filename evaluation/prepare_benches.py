@@ -1,7 +1,7 @@
 """Bring the official question sets to data/test_benches/official/, checked, beside the samples that ship with the repository.
 
-    python -m data.prepare_benches                   from the Hugging Face hub (and Spec-Bench's repository), by `datasets`
-    python -m data.prepare_benches --from FOLDER     from a folder that holds question_<bench>.jsonl
+    python -m evaluation.prepare_benches                from the Hugging Face hub (and Spec-Bench's repository), by `datasets`
+    python -m evaluation.prepare_benches --from FOLDER  from a folder that holds question_<bench>.jsonl
 
 A folder's files must be byte for byte those of the public CATS code (ElizaFuLan/CATS, commit 83ef019f74b2). What the hub
 holds are the same questions in other formats; they are put into the same form, and counts and structure are checked
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cats.errors import CatsError, exit_with_sentence
+from cats.cli.command import exit_with_sentence
+from cats.errors import CatsError
 from cats.files import write_atomically
 from evaluation.questions import BENCH_FOLDER, BENCHES, question_file_name, read_questions
 
@@ -165,7 +166,7 @@ def write_set(name: str, bench: Bench, text: str, official: Path) -> None:
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     """Read and check the chosen sets, then write them; sets that are there are replaced."""
-    parser = argparse.ArgumentParser(prog="python -m data.prepare_benches", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m evaluation.prepare_benches", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--from", dest="folder", type=Path, help="folder with question_<bench>.jsonl; without it, the hub")
     parser.add_argument("--benches", nargs="+", choices=BENCHES, default=list(BENCHES), help="default: all")
     parser.add_argument(
