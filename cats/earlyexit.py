@@ -21,6 +21,7 @@ from cats.errors import CatsError
 from cats.kv_cache import KVCache
 from cats.linear import WorkSpace, replace_projections
 from cats.rope import RopeTable
+from cats.turns import Turns
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -31,10 +32,14 @@ class WeightSource(Protocol):
     Attributes:
         bytes_taken: bytes of weights that passes have taken from a stream.
         wait_seconds: time that passes have waited for them.
+        one_answer: whether caches and activations are granted for one answer at a time.
     """
 
     bytes_taken: int
     wait_seconds: float
+
+    @property
+    def one_answer(self) -> bool: ...
 
     def admit(self, positions: int, nodes: int) -> None:
         """Raise `CatsError` where an answer of so many positions, with trees of so many nodes, would break the memory budget."""
@@ -50,6 +55,7 @@ class ResidentWeights:
 
     bytes_taken = 0
     wait_seconds = 0.0
+    one_answer = False
 
     def admit(self, positions: int, nodes: int) -> None:
         """See `WeightSource`."""
@@ -79,6 +85,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         dtype: of the arithmetic, states and caches; weights may be held in a narrower one.
         source: see `WeightSource`.
         work: where projections widen weights, those of the adapters too.
+        turns: one step at a time, since steps share work space, ring and tables.
     """
 
     embed_tokens: nn.Module
@@ -102,6 +109,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         self.source: WeightSource = source or ResidentWeights()
         self.dtype: torch.dtype = dtype or causal_lm.lm_head.weight.dtype
         self.work = work or WorkSpace()
+        self.turns = Turns(self.source.one_answer)
         with torch.device("cpu"):
             self.rope = RopeTable(type(decoder.rotary_emb)(config=config), config, self.context)
 

@@ -138,13 +138,17 @@ def stream(
 ) -> Generator[Step, None, None]:
     """Generate step by step. Nothing survives the call: an exception, or an abandoned iterator, leaves no state behind.
 
+    Several threads may use one model: their steps take turns (cats/turns.py), and nothing is locked between two steps. Under a memory
+    budget for the whole process, which grants caches for one answer, an answer of another thread waits until this one ends.
+
     Args:
         prompt_ids: at least one token, and fewer than the context holds.
         stop: called after each step with the answer so far and the number of new tokens; returns how many to keep, or None.
         acceptance: a rule to use in place of the one that `config` names.
 
     Raises:
-        CatsError: the prompt is empty or does not fit, or an adapter is missing.
+        CatsError: the prompt is empty or does not fit, an adapter is missing, or this thread has an unfinished answer
+            where the memory budget grants one at a time.
     """
     context = model.base.context
     require(len(prompt_ids) > 0, "the prompt is empty; give at least one token.")
@@ -153,14 +157,18 @@ def stream(
         f"the prompt has {len(prompt_ids)} tokens and the model's context holds {context}, the answer included; shorten the prompt.",
     )
     limits = Limits(config, len(prompt_ids), context, stop)
-    state = DecodeState(model, prompt_ids, method.adapters, len(prompt_ids) + limits.room, method.max_nodes)
     acceptance = acceptance or build_acceptance(config, model.base.device)
-    step = read_prompt(state, acceptance, limits)
-    method.start(state)
-    yield step
-    while step.finish is None:
-        step = decode_step(state, method, acceptance, limits)
+    turns = model.base.turns
+    with turns.answer() as place:
+        with turns.step(place):
+            state = DecodeState(model, prompt_ids, method.adapters, len(prompt_ids) + limits.room, method.max_nodes)
+            step = read_prompt(state, acceptance, limits)
+            method.start(state)
         yield step
+        while step.finish is None:
+            with turns.step(place):
+                step = decode_step(state, method, acceptance, limits)
+            yield step
 
 
 def generate(

@@ -27,7 +27,7 @@ Fetch = Callable[[], AbstractContextManager[torch.Tensor]]
 
 
 class WorkSpace:
-    """Where blocks of weights are widened; one for a model, used by one thread."""
+    """Where blocks of weights are widened; one for a model, used by one step at a time (cats/turns.py)."""
 
     def __init__(self) -> None:
         self._numbers = torch.empty(0)

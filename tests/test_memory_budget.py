@@ -31,12 +31,19 @@ if asked["limit_data"]:
     limit = kilobytes("VmData") + budget
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 adapters = {name: (path, None) for name, path in asked["adapters"].items()}
-method = cats.build_method(cats.CascadeConfig(tree_topk=4, total_tokens=24) if adapters else cats.AutoregressiveConfig())
+kind = cats.CascadeConfig(tree_topk=4, total_tokens=24) if adapters else cats.AutoregressiveConfig()
+method = cats.build_method(kind)
 memory = cats.MemoryOptions(budget, asked["covers"], pinning=asked["pinning"], ring_buffers=2, positions=256, nodes=method.max_nodes)
 model = cats.load(asked["model"], adapters, dtype="float32", memory=memory)
 config = cats.GenerationConfig(max_new_tokens=asked["tokens"], eos_token_ids=())
 cycles, before, ids = [], read(), []
-for step in cats.stream(model, list(range(5, 60)), method, config):
+if asked["threads"] > 1:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(asked["threads"]) as pool:
+        make = lambda _: cats.generate(model, list(range(5, 60)), cats.build_method(kind), config).ids
+        ids = list(pool.map(make, range(2 * asked["threads"])))
+for step in cats.stream(model, list(range(5, 60)), method, config) if asked["threads"] == 1 else ():
     cycles.append((read() - before, step.trace.bytes_streamed))
     before, ids = read(), ids + step.tokens
 source = model.base.source
@@ -50,7 +57,8 @@ print(json.dumps({
 def run(budget: int | None, *, adapters: bool = True, covers: str = "process", **changes: Any) -> tuple[int, dict[str, Any], str]:
     """Exit status, report and error output of a fresh process that answers under a budget."""
     names = {"draft": str(TINY / "adapters" / "draft_exit2"), "shallow": str(TINY / "adapters" / "shallow_exit6")} if adapters else {}
-    asked = {"model": str(TINY), "adapters": names, "budget": budget, "covers": covers, "pinning": True, "limit_data": False, "tokens": 24}
+    asked = {"model": str(TINY), "adapters": names, "budget": budget, "covers": covers}
+    asked |= {"pinning": True, "limit_data": False, "tokens": 24, "threads": 1}
     command = [sys.executable, "-c", CHILD, json.dumps(asked | changes)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     return ended.returncode, json.loads(ended.stdout) if ended.returncode == 0 else {}, ended.stderr
@@ -71,6 +79,14 @@ def test_the_process_stays_under_its_budget_and_a_kernel_limit_of_it_is_enough(u
     assert status == 0, errors
     assert tight["peak"] <= budget
     assert tight["ids"] == unlimited["ids"]
+
+
+def test_eight_threads_stay_under_the_budget_and_agree(unlimited: dict[str, Any]) -> None:
+    budget = unlimited["charged"] + 10 * 2**20
+    status, together, errors = run(budget, threads=8)
+    assert status == 0, errors
+    assert together["peak"] <= budget
+    assert together["ids"] == [unlimited["ids"]] * 16
 
 
 def test_plain_decoding_stays_under_its_budget(unlimited: dict[str, Any]) -> None:

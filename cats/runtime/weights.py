@@ -75,10 +75,15 @@ class PlannedWeights:
             if device.type == "cuda":
                 self._copy = SideStreamCopy(device, self.streamer.arena)
 
+    @property
+    def one_answer(self) -> bool:
+        """See `WeightSource`."""
+        return self.plan.budget_bytes is not None and self.plan.covers == "process"
+
     def admit(self, positions: int, nodes: int) -> None:
         """See `WeightSource`."""
         demand = self.plan.demand
-        if self.plan.budget_bytes is None or self.plan.covers == "weights":
+        if not self.one_answer:
             return
         if positions > demand.positions:
             raise CatsError(
