@@ -30,7 +30,7 @@ class Verdict:
 
 
 class Acceptance(Protocol):
-    """A rule. `nodes` are the verified nodes, closed under parents, root first; row i of `logits_TV` belongs to nodes[i]."""
+    """A rule. `nodes` are the verified nodes as `Method.propose` returns them; row i of `logits_TV` belongs to nodes[i]."""
 
     def judge(self, tree: TokenTree, nodes: Sequence[int], logits_TV: torch.Tensor) -> Verdict:
         """Choose the path and the next token."""

@@ -3,7 +3,8 @@
 Token ids in, token ids out: no tokenizer, no text.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from cats.acceptance import Acceptance, Verdict, build_acceptance
 from cats.cats_model import MultiAdapterCATSModel
 from cats.config import GenerationConfig, require
+from cats.errors import CatsError, ContractError
 from cats.methods.base import Method
 from cats.state import Cycle, DecodeState
 from cats.trace import Confusion, StepTrace
@@ -21,11 +23,19 @@ Stop = Callable[[list[int], int], int | None]
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens that one step committed, why the answer ended with it ("eos", "length", "context", "stop", or None), and its trace."""
+    """One step of an answer.
+
+    Attributes:
+        tokens: what it committed.
+        finish: why the answer ended with it ("eos", "length", "context", "stop"), or None.
+        trace: its record.
+        taken_back: tokens of earlier steps that `stop` cut off the answer's end with this step; it then has no tokens of its own.
+    """
 
     tokens: list[int]
     finish: str | None
     trace: StepTrace
+    taken_back: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,18 +60,27 @@ class Limits:
         return self.prompt + self.room - tokens - 1
 
     def cut(self, answer: list[int], new: list[int]) -> tuple[int, str | None]:
-        """How many of the `new` tokens to keep after `answer`, and the reason if the answer ends there."""
-        keep, finish = len(new), None
-        for count, token in enumerate(new, 1):
-            if token in self.eos:
-                keep, finish = count, "eos"
+        """How many tokens of `answer` and `new` together to keep, and the reason if the answer ends there."""
+        text, finish = (answer + new)[: self.room], None
+        for place in range(len(answer), len(text)):
+            if text[place] in self.eos:
+                text, finish = text[: place + 1], "eos"
                 break
-        stopped = self.stop(answer + new[:keep], keep) if self.stop else None
-        if stopped is not None and (finish is None or stopped < len(answer) + keep):
-            keep, finish = stopped - len(answer), "stop"
-        if finish is None and len(answer) + keep == self.room:
+        kept = self._stopped(text, len(text) - len(answer))
+        if kept is not None and (finish is None or kept < len(text)):
+            return kept, "stop"
+        if finish is None and len(text) >= self.room:
             finish = self.at_end
-        return keep, finish
+        return len(text), finish
+
+    def _stopped(self, text: list[int], new: int) -> int | None:
+        """What `stop` says, checked."""
+        kept = self.stop(list(text), new) if self.stop else None
+        if kept is not None and (isinstance(kept, bool) or not 0 <= kept <= len(text)):
+            raise CatsError(
+                f"`stop` returned {kept} for an answer of {len(text)} tokens; let it return how many of them to keep, or None to go on."
+            )
+        return kept
 
 
 def read_prompt(state: DecodeState, acceptance: Acceptance, limits: Limits) -> Step:
@@ -91,16 +110,31 @@ def read_prompt(state: DecodeState, acceptance: Acceptance, limits: Limits) -> S
 def decode_step(state: DecodeState, method: Method, acceptance: Acceptance, limits: Limits) -> Step:
     """One cycle: propose, verify, accept, commit."""
     cycle = Cycle(state, limits.depth(len(state.tokens)))
-    nodes = method.propose(cycle)
+    with naming(method):
+        nodes = list(method.propose(cycle))
+        cycle.tree.check_choice(nodes)
     with cycle.stage("target"):
         logits_TV = cycle.target_logits(nodes)
     with cycle.stage("accept"):
         verdict = acceptance.judge(cycle.tree, nodes, logits_TV)
-        method.observe(cycle, nodes, logits_TV, verdict)
+        with naming(method):
+            method.observe(cycle, nodes, logits_TV, verdict)
         tokens = [cycle.tree.tokens[node] for node in verdict.path[1:]] + [verdict.next_token]
-        keep, finish = limits.cut(state.tokens[limits.prompt :], tokens)
-        state.commit(cycle, verdict.path[:keep], tokens[keep - 1])
-    return Step(tokens[:keep], finish, trace_of(cycle, nodes, verdict, keep))
+        answer = state.tokens[limits.prompt :]
+        length, finish = limits.cut(answer, tokens)
+        keep = max(0, length - len(answer))
+        if keep:
+            state.commit(cycle, verdict.path[:keep], tokens[keep - 1])
+    return Step(tokens[:keep], finish, trace_of(cycle, nodes, verdict, keep), max(0, len(answer) - length))
+
+
+@contextmanager
+def naming(method: Method) -> Iterator[None]:
+    """Let a `ContractError` of the block say which method broke its contract."""
+    try:
+        yield
+    except ContractError as error:
+        raise ContractError(f"the method {type(method).__name__} broke its contract: {error}") from error
 
 
 def trace_of(cycle: Cycle, nodes: Sequence[int], verdict: Verdict, keep: int) -> StepTrace:
@@ -143,12 +177,14 @@ def stream(
 
     Args:
         prompt_ids: at least one token, and fewer than the context holds.
-        stop: called after each step with the answer so far and the number of new tokens; returns how many to keep, or None.
+        stop: called after each step with the answer so far and how many of its tokens are new; returns how many tokens of the whole
+            answer to keep, which ends it there, or None to go on. It may cut into earlier steps (`Step.taken_back`).
         acceptance: a rule to use in place of the one that `config` names.
 
     Raises:
-        CatsError: the prompt is empty or does not fit, an adapter is missing, or this thread has an unfinished answer
-            where the memory budget grants one at a time.
+        CatsError: the prompt is empty or does not fit, an adapter is missing, `stop` returned what is no length of the answer,
+            or this thread has an unfinished answer where the memory budget grants one at a time.
+        ContractError: the method broke the contract of `Method`.
     """
     context = model.base.context
     require(len(prompt_ids) > 0, "the prompt is empty; give at least one token.")
@@ -184,7 +220,8 @@ def generate(
 ) -> Generation:
     """Generate one answer; see `stream`. A transformers `streamer` gets the prompt, then each step's tokens one by one.
 
-    `on_step` is called with the trace of every step when it is done.
+    `on_step` is called with the trace of every step when it is done. What `stop` takes back of earlier steps has reached the streamer
+    by then; the answer that is returned is without it.
     """
     ids: list[int] = []
     traces: list[StepTrace] = []
@@ -192,7 +229,7 @@ def generate(
     if streamer is not None:
         streamer.put(torch.tensor([list(prompt_ids)]))
     for step in stream(model, prompt_ids, method, config, stop=stop, acceptance=acceptance):
-        ids, traces, finish = ids + step.tokens, [*traces, step.trace], step.finish
+        ids, traces, finish = ids[: len(ids) - step.taken_back] + step.tokens, [*traces, step.trace], step.finish
         if on_step is not None:
             on_step(step.trace)
         for token in step.tokens if streamer is not None else ():

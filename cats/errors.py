@@ -11,3 +11,7 @@ class CatsError(Exception):
 
 class BudgetError(CatsError):
     """What was asked for does not fit the memory budget; the message says what would."""
+
+
+class ContractError(RuntimeError):
+    """A method broke the contract of `cats.methods.base.Method`: a bug of the method, not a fault of the user."""

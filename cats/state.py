@@ -25,7 +25,8 @@ class AdapterState:
     """One adapter's cache, and the exit states of committed tokens that it has not read yet.
 
     A token that is accepted without the adapter ever having run on it (a sibling, the last token of the trunk) leaves its
-    exit state in `pending`; the next pass of the adapter reads it first, in the same batch.
+    exit state in `pending`; the next pass of the adapter reads it first, in the same batch. Of a method that leaves an adapter out for
+    long, no more than PREFILL_ROWS are left pending.
     """
 
     def __init__(self, adapter: AdapterModel, capacity: int, like: torch.Tensor):
@@ -33,8 +34,15 @@ class AdapterState:
         self.cache = KVCache(adapter.config, 1, capacity, like.dtype, like.device)
         self.pending_ND = like.new_empty(0, adapter.config.hidden_size)
 
-    def read_prompt(self, hidden_ND: torch.Tensor) -> None:
-        """Append the next rows of the prompt."""
+    def wait(self, hidden_ND: torch.Tensor) -> None:
+        """Leave the exit states of newly committed tokens for the next pass; where too many wait, the oldest are read at once."""
+        self.pending_ND = torch.cat([self.pending_ND, hidden_ND])
+        while len(self.pending_ND) > PREFILL_ROWS:
+            self.read(self.pending_ND[:PREFILL_ROWS])
+            self.pending_ND = self.pending_ND[PREFILL_ROWS:].clone()
+
+    def read(self, hidden_ND: torch.Tensor) -> None:
+        """Run the adapter on the exit states of the committed tokens that follow on those in its cache."""
         start, rows = self.cache.length, len(hidden_ND)
         positions = torch.arange(start, start + rows, device=hidden_ND.device)
         with self.cache.writing(slice(start, start + rows), start + rows):
@@ -96,7 +104,7 @@ class DecodeState:
                 reached = level
                 for name, exit_layer in self.exits.items():
                     if exit_layer == level:
-                        self.adapters[name].read_prompt(hidden[0])
+                        self.adapters[name].read(hidden[0])
         self.cache.length += rows
         self.final_hidden_1D = hidden[0, -1:]
 
@@ -114,14 +122,14 @@ class Cycle:
 
     Attributes:
         tree: grown by the method.
-        depth_limit: deepest node that the answer's limits leave room for.
+        depth_limit: depth of the deepest node that the answer's limits leave room for, probes included; the tree takes none below it.
         layer_passes: decoder layers run so far in this step.
         shallow_accepted, shallow_verdicts: set by a method with a shallow verifier, for the trace.
     """
 
     def __init__(self, state: DecodeState, depth_limit: int):
         self.state, self.depth_limit = state, depth_limit
-        self.tree = TokenTree(state.tokens[-1], state.max_nodes)
+        self.tree = TokenTree(state.tokens[-1], state.max_nodes, depth_limit)
         self.prefix = state.cache.length
         self.watch = Stopwatch()
         source = state.base.source
@@ -136,7 +144,7 @@ class Cycle:
         self._caught_up: set[str] = set()
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Charge the block's seconds to "draft", "shallow", "target" or "accept"."""
+        """Charge the block's seconds to a stage of this name; a method may use any name but those in `cats.trace.ACROSS`."""
         return self.watch.stage(name)
 
     @contextmanager
@@ -286,7 +294,8 @@ class Cycle:
         if name in self._caught_up:
             state.cache.keep(read)
         unread_ND = self.state.rows_at(self.state.exits[name])[as_index(path[len(read) :])]
-        state.pending_ND = torch.cat([state.pending_ND, unread_ND])
+        with self._computing():
+            state.wait(unread_ND)
 
 
 def as_index(nodes: Sequence[int]) -> slice | list[int]:

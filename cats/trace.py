@@ -5,26 +5,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from cats.errors import ContractError
 
-@dataclass(frozen=True)
-class StageSeconds:
-    """Wall-clock seconds of one step, as the host sees them: on a GPU a stage ends when its kernels are queued, and only `total` waits.
+ACROSS = ("compute", "stream_wait", "total")
 
-    Attributes:
-        draft, shallow, target: the three stages of the cascade, everything inside them counted.
-        accept: judging and committing.
-        total: the whole step.
-        compute: the part of `total` inside layers, adapters and lm_head; the rest is the engine's own overhead.
-        stream_wait: the part of `total` spent waiting for streamed weights to arrive.
+
+class StageSeconds(dict[str, float]):
+    """Wall-clock seconds of one step by name, as the host sees them: on a GPU a stage ends when its kernels are queued, and only
+    `total` waits. What was never charged is 0.
+
+    Stages, everything inside them counted: the engine's "target" and "accept" (judging and committing), and whatever names the
+    method chose ("draft", "shallow", ...). Measured across stages, under the names in `ACROSS`: "total", the whole step; "compute",
+    the part of it inside layers, adapters and lm_head (the rest is the engine's own overhead); "stream_wait", the part spent waiting
+    for streamed weights to arrive.
     """
 
-    draft: float = 0.0
-    shallow: float = 0.0
-    target: float = 0.0
-    accept: float = 0.0
-    total: float = 0.0
-    compute: float = 0.0
-    stream_wait: float = 0.0
+    def __missing__(self, name: str) -> float:
+        return 0.0
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return self["total"]
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of stages, in the order in which they were first charged."""
+        return [name for name in self if name not in ACROSS]
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Charge the block to `name`."""
+        """Charge the block to `name`, which may be any but those in `ACROSS`."""
+        if name in ACROSS:
+            raise ContractError(f"{name!r} is measured across stages and cannot name a stage; choose another name")
         begin = time.perf_counter()
         try:
             yield
@@ -97,4 +106,4 @@ class Stopwatch:
 
     def reading(self) -> StageSeconds:
         """Everything up to now."""
-        return StageSeconds(**self.seconds, total=time.perf_counter() - self.started)
+        return StageSeconds(self.seconds, total=time.perf_counter() - self.started)

@@ -4,14 +4,21 @@ Node 0 is the root, the last committed token. A node's index is larger than its 
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
+
+from cats.errors import ContractError
 
 UNKNOWN = -1
 
 
 class TokenTree:
     """Drafted continuations of `root`.
+
+    Args:
+        capacity: nodes at most, root included; one more raises `ContractError`.
+        depth_limit: depth of the deepest node that may be added, a probe included; a deeper one raises `ContractError`. None: any.
 
     Attributes:
         tokens, parents, depths: one entry a node.
@@ -20,8 +27,8 @@ class TokenTree:
         ancestors_TT: bool [capacity, capacity]; row n marks the nodes that node n sees, itself included.
     """
 
-    def __init__(self, root: int, capacity: int):
-        self.capacity = capacity
+    def __init__(self, root: int, capacity: int, depth_limit: int | None = None):
+        self.capacity, self.depth_limit = capacity, depth_limit
         self.tokens, self.parents, self.depths = [root], [-1], [0]
         self.scores, self.kinds = [0.0], ["root"]
         self.ancestors_TT = np.eye(capacity, dtype=bool)
@@ -57,12 +64,14 @@ class TokenTree:
         return self._append(parent, token, "probe", self.scores[parent])
 
     def _append(self, parent: int, token: int, kind: str, score: float) -> int:
-        node = len(self.tokens)
+        node, depth = len(self.tokens), self.depths[parent] + 1
         if node >= self.capacity:
-            raise RuntimeError(f"the tree holds at most {self.capacity} nodes: the method's max_nodes is too small")
+            raise ContractError(f"the tree holds at most {self.capacity} nodes: the method's max_nodes is too small")
+        if self.depth_limit is not None and depth > self.depth_limit:
+            raise ContractError(f"a {kind} node at depth {depth} is below the cycle's depth_limit {self.depth_limit}")
         self.tokens.append(token)
         self.parents.append(parent)
-        self.depths.append(self.depths[parent] + 1)
+        self.depths.append(depth)
         self.scores.append(score)
         self.kinds.append(kind)
         self.ancestors_TT[node] |= self.ancestors_TT[parent]
@@ -83,9 +92,20 @@ class TokenTree:
             nodes.append(self.parents[nodes[-1]])
         return nodes[::-1]
 
-    def path_tokens(self, node: int) -> list[int]:
-        """Tokens on the path to `node`, without the root's."""
-        return [self.tokens[step] for step in self.path(node)[1:]]
+    def check_choice(self, nodes: Sequence[int]) -> None:
+        """Raise `ContractError` unless `nodes` can be verified: root first, ascending, parents among them, no token unknown."""
+        if not nodes or nodes[0] != 0:
+            raise ContractError(f"the proposed nodes {list(nodes)} do not begin with the root, node 0")
+        chosen = set(nodes)
+        for before, node in pairwise(nodes):
+            if node <= before:
+                raise ContractError(f"the proposed nodes are not in ascending order: {node} follows {before}")
+            if node >= len(self.tokens):
+                raise ContractError(f"the proposed node {node} is not in the tree, which has {len(self.tokens)} nodes")
+            if self.parents[node] not in chosen:
+                raise ContractError(f"the proposed node {node} comes without its parent {self.parents[node]}")
+            if self.tokens[node] == UNKNOWN:
+                raise ContractError(f"the token of the proposed node {node} was never named; call resolve")
 
 
 def best_candidates(candidates: Iterable[tuple[float, int, int]], count: int) -> Sequence[tuple[float, int, int]]:

@@ -14,14 +14,14 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from cats import CatsError, Generation, GenerationConfig
-from cats.trace import StageSeconds, StepTrace
+from cats.trace import StepTrace
 from evaluation.processes import OneProcess, Processes, own_share
 from evaluation.questions import Question, QuestionId
 from evaluation.record_file import Record, append_record, read_records, rewrite_records
@@ -187,13 +187,13 @@ def choice_record(turns: Sequence[tuple[Generation, float]], answers: Sequence[s
 def steps_record(traces: Sequence[StepTrace]) -> dict[str, Any]:
     """What the steps of one turn did, as lists over the steps after the prefill; kinds and confusion counts are summed."""
     cycles = [trace for trace in traces if not trace.prefill]
-    stages = [field.name for field in fields(StageSeconds)]
+    stages = dict.fromkeys(stage for trace in cycles for stage in trace.seconds)
     verdicts = [trace.confusion for trace in cycles if trace.confusion is not None]
     return {
         **{name: [getattr(trace, name) for trace in cycles] for name in STEP_VALUES},
         "accepted_kinds": dict(Counter(kind for trace in cycles for kind in trace.accepted_kinds)),
         "confusion": {name: sum(getattr(verdict, name) for verdict in verdicts) for name in ("tp", "fp", "fn", "tn")} if verdicts else None,
-        "seconds": {stage: [round(getattr(trace.seconds, stage), 6) for trace in cycles] for stage in stages},
+        "seconds": {stage: [round(trace.seconds[stage], 6) for trace in cycles] for stage in stages},
         "prefill_seconds": sum(trace.seconds.total for trace in traces if trace.prefill),
     }
 

@@ -15,7 +15,6 @@ A read belongs to the cycle during which it ended; it may have begun before that
 """
 
 import argparse
-import dataclasses
 import itertools
 import os
 import signal
@@ -28,17 +27,14 @@ from typing import Any
 from cats import CatsError, Generation
 from cats.cli.command import exit_with_sentence
 from cats.files import write_atomically
-from cats.trace import StepTrace
+from cats.trace import ACROSS, StepTrace
 from evaluation.metrics import ratio
 from evaluation.record_file import Record, append_record, read_records
 
 COUNTS = ("bytes_streamed", "nodes", "accepted", "committed", "shallow_accepted", "layer_passes")
-STAGES = ("draft", "shallow", "target", "stream_wait", "total")
-COLUMNS = {
-    **{"question": 10, "turn": 5, "cycle": 6},
-    **{"draft s": 8, "shallow s": 9, "target s": 8, "wait s": 8, "total s": 8, "read MB": 10},
-    **{"nodes": 6, "accepted": 9, "committed": 10},
-}  # heading -> width
+STAGES = ("draft", "shallow", "target")  # these have a column whatever a method does
+HIDDEN = ("accept", *ACROSS)  # and these have none of their own
+COLUMN = 8  # least width of a column of seconds
 ROWS_BETWEEN_HEADINGS = 40
 SAME_READ = 1e-3  # seconds between two reads below which they are written and drawn as one
 SHORTEST_WAIT = 1e-4  # seconds
@@ -65,6 +61,7 @@ class LiveView:
         self._label: Mapping[str, Any] | None = None
         self._told = 0.0
         self._cycle = self._rows = 0
+        self._stages = stages_of(())
         if self._streamer is not None:
             self._streamer.record = True
 
@@ -90,10 +87,17 @@ class LiveView:
         if self._file is not None:
             append_record(self._file, record, durable=False)
         if self._show is not None:
-            if self._rows % ROWS_BETWEEN_HEADINGS == 0:
-                self._show(row(COLUMNS))
-            self._show(cycle_row(record))
-            self._rows += 1
+            self._show_row(record)
+
+    def _show_row(self, record: Record) -> None:
+        """Show a cycle, below a heading where one is due: every so many rows, and where a stage has its first second."""
+        assert self._show is not None
+        stages = stages_of([record], self._stages)
+        if self._rows % ROWS_BETWEEN_HEADINGS == 0 or stages != self._stages:
+            self._show(heading(stages))
+        self._stages = stages
+        self._show(cycle_row(record, stages))
+        self._rows += 1
 
 
 def ended(spans: Sequence[Sequence[Any]], since: float, until: float) -> list[Sequence[Any]]:
@@ -123,7 +127,7 @@ def cycle_record(
         **label,
         "prefill": trace.prefill,
         "started": round(since_epoch + trace.started, 6),
-        "seconds": {name: round(seconds, 6) for name, seconds in dataclasses.asdict(trace.seconds).items()},
+        "seconds": {name: round(seconds, 6) for name, seconds in trace.seconds.items()},
         **{name: getattr(trace, name) for name in COUNTS},
         "spans": [[stage, here(begin), here(end)] for stage, begin, end in trace.spans],
         "waits": [[here(begin), here(end)] for begin, end in waits if end - begin >= SHORTEST_WAIT],
@@ -142,17 +146,37 @@ def joined(reads: Iterable[Sequence[Any]]) -> list[tuple[float, float, int]]:
     return spans
 
 
-def row(cells: Iterable[object]) -> str:
+def stages_of(records: Iterable[Record], known: Sequence[str] = STAGES) -> tuple[str, ...]:
+    """Stages that have a column: the known ones, then those that the records add."""
+    return (*known, *dict.fromkeys(stage for record in records for stage in record["seconds"] if stage not in (*known, *HIDDEN)))
+
+
+def columns(stages: Sequence[str]) -> dict[str, int]:
+    """Heading -> width."""
+    seconds = [f"{name} s" for name in (*stages, "wait", "total")]
+    return {
+        **{"question": 10, "turn": 5, "cycle": 6},
+        **{name: max(COLUMN, len(name)) for name in seconds},
+        **{"read MB": 10, "nodes": 6, "accepted": 9, "committed": 10},
+    }
+
+
+def heading(stages: Sequence[str]) -> str:
+    """The first row."""
+    return row(columns(stages), stages)
+
+
+def row(cells: Iterable[object], stages: Sequence[str]) -> str:
     """Cells of the table side by side."""
-    return " ".join(str(cell).rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True))
+    return " ".join(str(cell).rjust(width) for cell, width in zip(cells, columns(stages).values(), strict=True))
 
 
-def cycle_row(record: Record) -> str:
+def cycle_row(record: Record, stages: Sequence[str]) -> str:
     """One cycle of the table; cycle 0 is the reading of the prompt."""
-    seconds = [f"{record['seconds'].get(stage, 0.0):.3f}" for stage in STAGES]
+    seconds = [f"{record['seconds'].get(stage, 0.0):.3f}" for stage in (*stages, "stream_wait", "total")]
     counts = [record[name] for name in ("nodes", "accepted", "committed")]
     cycle = "prompt" if record["prefill"] else record["cycle"]
-    return row((record["question_id"], record["turn"], cycle, *seconds, f"{record['bytes_streamed'] / 1e6:.1f}", *counts))
+    return row((record["question_id"], record["turn"], cycle, *seconds, f"{record['bytes_streamed'] / 1e6:.1f}", *counts), stages)
 
 
 def read_cycles(path: Path) -> list[Record]:
@@ -184,7 +208,8 @@ def parse_range(text: str) -> slice:
 
 def table(cycles: Sequence[Record]) -> str:
     """The cycles as rows, and below them the sums of each model_id."""
-    lines = [row(COLUMNS), *map(cycle_row, cycles)]
+    stages = stages_of(cycles)
+    lines = [heading(stages), *(cycle_row(record, stages) for record in cycles)]
     for model_id in dict.fromkeys(record.get("model_id") for record in cycles):
         lines += ["", summary_line([record for record in cycles if record.get("model_id") == model_id])]
     return "\n".join(lines) + "\n"
@@ -193,9 +218,10 @@ def table(cycles: Sequence[Record]) -> str:
 def summary_line(cycles: Sequence[Record]) -> str:
     """Averages over the cycles of one model_id, the reading of prompts left out."""
     counted = [record for record in cycles if not record["prefill"]]
-    total = {stage: sum(record["seconds"].get(stage, 0.0) for record in counted) for stage in STAGES}
+    stages = (*stages_of(counted), "stream_wait")
+    total = {stage: sum(record["seconds"].get(stage, 0.0) for record in counted) for stage in (*stages, "total")}
     tokens, streamed = (sum(record[name] for record in counted) for name in ("committed", "bytes_streamed"))
-    shares = ", ".join(f"{stage.replace('_', ' ')} {100 * (ratio(total[stage], total['total']) or 0):.0f} %" for stage in STAGES[:-1])
+    shares = ", ".join(f"{stage.replace('_', ' ')} {100 * (ratio(total[stage], total['total']) or 0):.0f} %" for stage in stages)
     return (
         f"{cycles[0].get('model_id')}: {len(counted)} cycles, {ratio(tokens, len(counted)) or 0:.2f} tokens and "
         f"{ratio(total['total'], len(counted)) or 0:.3f} s each ({shares}), {(ratio(streamed, tokens) or 0) / 1e6:.1f} MB read per token"

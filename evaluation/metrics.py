@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
-STAGES = ("draft", "shallow", "target", "accept", "total", "compute", "stream_wait")
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,12 @@ def repeated_ngram_share(answers: Iterable[Sequence[int]], size: int = 4) -> flo
 
 
 def stage_seconds(records: Iterable[Record]) -> dict[str, float]:
-    """Seconds by stage, summed over all steps but the prefill; records from before a stage was measured have none of it."""
-    lists = list(steps_of_turns(records))
-    return {stage: sum(sum(steps["seconds"].get(stage, ())) for steps in lists) for stage in STAGES}
+    """Seconds by stage, and what was measured across stages, summed over all steps but the prefill; whatever names the records have."""
+    total: dict[str, float] = {}
+    for steps in steps_of_turns(records):
+        for stage, seconds in steps["seconds"].items():
+            total[stage] = total.get(stage, 0.0) + sum(seconds)
+    return total
 
 
 def accepted_kinds(records: Iterable[Record]) -> dict[str, int]:

@@ -212,7 +212,7 @@ def summary(
     counted = sum(trace.bytes_streamed for trace in traces) / tokens
     planned = planned_bytes(source, sum(trace.nodes for trace in traces) / len(traces)) / length
     exits = {name: int(adapter.exit_layer or 0) for name, adapter in model.adapters.items()}
-    seconds, waited = (sum(getattr(trace.seconds, name) for trace in traces) for name in ("total", "stream_wait"))
+    seconds, waited = (sum(trace.seconds[name] for trace in traces) for name in ("total", "stream_wait"))
     found = {
         "exits": exits,
         "accepted_length": length,

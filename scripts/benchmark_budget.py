@@ -29,7 +29,7 @@ from cats.runtime.link import rate_text
 from evaluation.record_file import append_record, check_settings, read_records, write_json
 from evaluation.subject import weights_fingerprint
 from evaluation.timing import environment
-from scripts.budget_engines import ENGINES, STAGES, Request
+from scripts.budget_engines import ENGINES, Request
 from scripts.memory_run import forget, python_command, run_limited
 
 TITLES = {
@@ -92,9 +92,14 @@ def summarise(records: Sequence[dict[str, Any]], engines: Sequence[str], replaye
             pairs = [speeds[engine, r["repeat"]] / speeds[REFERENCE, r["repeat"]] for r in good if (REFERENCE, r["repeat"]) in speeds]
             row["against_plain"] = statistics.median(pairs) if pairs else None
             staged = [record["stage_seconds_per_step"] for record in good if record["stage_seconds_per_step"]]
-            row["stage_seconds_per_step"] = {s: statistics.median(stage[s] for stage in staged) for s in STAGES} if staged else None
+            row["stage_seconds_per_step"] = medians(staged) if staged else None
         rows.append(row)
     return rows
+
+
+def medians(staged: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Median of every stage over the runs; a stage that a run does not know took it no time."""
+    return {name: statistics.median(run.get(name, 0.0) for run in staged) for name in dict.fromkeys(name for run in staged for name in run)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -114,7 +119,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['disk_bytes_per_token'] / 1e9:.3f}",
             f"{row['peak_bytes'] / 1e9:.3f}",
             row["arithmetic"],
-            " + ".join(f"{stages[stage]:.3f}" for stage in ("draft", "shallow", "target")) if stages else f"{row['seconds_per_step']:.3f}",
+            " + ".join(f"{stages.get(name, 0.0):.3f}" for name in ("draft", "shallow", "target"))
+            if stages
+            else f"{row['seconds_per_step']:.3f}",
             f"{stages['stream_wait']:.3f}" if stages else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")

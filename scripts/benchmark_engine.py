@@ -116,9 +116,10 @@ def seconds_per_token(generations: Sequence[cats.Generation]) -> float:
 def method_figures(generations: Sequence[cats.Generation]) -> dict[str, float]:
     """Medians over cycles, in milliseconds, and the overhead's share (median over cycles)."""
     traces = [trace for answer in generations for trace in answer.traces[1:]]
-    stages = ("draft", "shallow", "target", "accept", "total", "compute")
-    figures = {f"{stage}_ms": 1e3 * statistics.median(getattr(trace.seconds, stage) for trace in traces) for stage in stages}
-    figures["overhead_share"] = statistics.median(1 - trace.seconds.compute / trace.seconds.total for trace in traces)
+    usual = ("draft", "shallow", "target", "accept", "total", "compute")
+    stages = dict.fromkeys((*usual, *(stage for trace in traces for stage in trace.seconds.stages)))
+    figures = {f"{stage}_ms": 1e3 * statistics.median(trace.seconds[stage] for trace in traces) for stage in stages}
+    figures["overhead_share"] = statistics.median(1 - trace.seconds["compute"] / trace.seconds.total for trace in traces)
     figures["accepted_length"] = sum(trace.committed for trace in traces) / len(traces)
     figures["nodes"] = statistics.mean(trace.nodes for trace in traces)
     return figures

@@ -119,7 +119,7 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
     traces = [trace for answer in contender.answers for trace in answer.traces[1:]]
     tokens, seconds = sum(trace.committed for trace in traces), sum(trace.seconds.total for trace in traces)
     streams = [trace.bytes_streamed / bandwidth for trace in traces]
-    computes = [trace.seconds.total - trace.seconds.stream_wait for trace in traces]
+    computes = [trace.seconds.total - trace.seconds["stream_wait"] for trace in traces]
     bounds = [max(stream, compute) for stream, compute in zip(streams, computes, strict=True)]
     return {
         "tokens": tokens,
@@ -130,7 +130,7 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
         "cycle_seconds": statistics.median(trace.seconds.total for trace in traces),
         "stream_seconds": statistics.median(streams),
         "compute_seconds": statistics.median(computes),
-        "front_seconds": statistics.median(trace.seconds.draft + trace.seconds.shallow for trace in traces),
+        "front_seconds": statistics.median(trace.seconds["draft"] + trace.seconds["shallow"] for trace in traces),
         "cycle_by_bound": statistics.median(trace.seconds.total / bound for trace, bound in zip(traces, bounds, strict=True)),
         "ring_bytes": contender.source.plan.ring_bytes,
         "charged_bytes": contender.source.plan.charged,

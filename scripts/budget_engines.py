@@ -30,7 +30,6 @@ from cats.trace import StepTrace
 from evaluation.replay import ReplayedAcceptance, ReplayedCascade, Schedule
 from scripts.memory_run import bytes_read, peak_bytes, private_bytes, reset_peak
 
-STAGES = ("draft", "shallow", "target", "accept", "total", "compute", "stream_wait")
 CYCLES = 10_000
 """Length of a replayed schedule; longer than any run."""
 EXTRA_CYCLES = 8
@@ -244,7 +243,10 @@ def measure(request: Request) -> dict[str, Any]:
         "seconds_per_step": seconds / len(timed),
         "disk_bytes_per_token": read / tokens,
         "disk_bytes_per_step": read / len(timed),
-        "stage_seconds_per_step": {stage: sum(getattr(trace.seconds, stage) for trace in traces) / len(traces) for stage in STAGES}
+        "stage_seconds_per_step": {
+            stage: sum(trace.seconds[stage] for trace in traces) / len(traces)
+            for stage in dict.fromkeys(stage for trace in traces for stage in trace.seconds)
+        }
         if traces
         else None,
         "streamed_bytes_per_step": sum(trace.bytes_streamed for trace in traces) / len(traces) if traces else None,

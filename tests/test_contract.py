@@ -67,7 +67,7 @@ class LookaheadStub(Method):
     def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:
         row = {node: place for place, node in enumerate(nodes)}
         for node in [node for level in self.probes for node in level]:
-            self.judged.append((cycle.state.tokens + cycle.tree.path_tokens(node), logits_TV[row[node]]))
+            self.judged.append((cycle.state.tokens + [cycle.tree.tokens[step] for step in cycle.tree.path(node)[1:]], logits_TV[row[node]]))
         if self.probes:
             newest = [int(logits_TV[row[node]].argmax()) for node in self.probes[-1]]
             for column, first in enumerate(self.window[0]):

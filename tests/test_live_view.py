@@ -12,7 +12,7 @@ import cats
 from cats import CatsError, Generation
 from cats.trace import StageSeconds, StepTrace, Stopwatch
 from evaluation import CATS_dynamic, live_view
-from evaluation.live_view import LiveView, cycle_record, ended, joined, lanes_of, parse_range, read_cycles
+from evaluation.live_view import LiveView, cycle_record, ended, joined, lanes_of, parse_range, read_cycles, table
 from evaluation.record_file import append_record, read_records
 from tests.test_options import paths, questions
 from tests.tiny_models import TinyModel
@@ -82,7 +82,7 @@ def test_spans_lie_in_the_step_and_make_up_its_stages(tiny: Callable[[str], Tiny
         for stage in ("draft", "shallow", "target", "accept"):
             spans = [(begin, end) for name, begin, end in trace.spans if name == stage]
             assert all(trace.started <= begin <= end <= trace.started + trace.seconds.total for begin, end in spans)
-            assert sum(end - begin for begin, end in spans) == pytest.approx(getattr(trace.seconds, stage), abs=2e-3)
+            assert sum(end - begin for begin, end in spans) == pytest.approx(trace.seconds[stage], abs=2e-3)
 
 
 def test_a_line_says_what_a_cycle_did_and_when(tmp_path: Path, clock: None) -> None:
@@ -93,7 +93,7 @@ def test_a_line_says_what_a_cycle_did_and_when(tmp_path: Path, clock: None) -> N
     assert {name: prompt[name] for name in LABEL} == LABEL
     assert (prompt["cycle"], prompt["prefill"], prompt["started"], prompt["reads"]) == (0, True, 1100.0, [])
     assert (cycle["cycle"], cycle["committed"], cycle["bytes_streamed"]) == (1, 2, 3_000_000)
-    assert cycle["seconds"] == dataclasses.asdict(CYCLE.seconds)
+    assert cycle["seconds"] == dict(CYCLE.seconds)
     assert cycle["spans"] == [["draft", 0.0, 0.25], ["shallow", 0.25, 0.5], ["target", 0.5, 1.0]]
     assert cycle["reads"] == [[-0.5, 0.75, 3_000_000]]
     assert cycle["waits"] == [[0.5, 0.75]]
@@ -241,3 +241,18 @@ def test_a_trace_file_that_cannot_be_written_is_refused_first(
         assert stopped.value.code == 2
         assert f"--trace-file {place} cannot be written" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_stage_of_a_methods_own_has_a_column_and_a_share_and_a_lane(capsys: pytest.CaptureFixture[str]) -> None:
+    own = dataclasses.replace(CYCLE, seconds=StageSeconds(CYCLE.seconds, lookup=0.5), spans=(("lookup", 200.0, 200.5),))
+    shown: list[str] = []
+    view = LiveView(shown.append, None)
+    view.begin_turn(LABEL)
+    view.step(CYCLE)
+    view.step(own)
+    assert [line for line in shown if "lookup s" in line] == [shown[2]], "a second heading where the stage first comes up"
+    assert shown[3].split()[6] == "0.500"
+    record = cycle_record(LABEL | {"cycle": 0}, own, [], [], 0.0)
+    assert "lookup s" in table([record]).splitlines()[0]
+    assert "lookup 50 %" in table([record])
+    assert "lookup" in lanes_of([record])

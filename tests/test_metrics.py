@@ -12,7 +12,7 @@ SHAPE = ModelShape(layers=32, draft_exit=3, draft_passes=5, bytes_per_layer=404_
 
 def turn(committed: list[int], **more: Any) -> dict[str, Any]:
     steps = len(committed)
-    zeros = {stage: [0.5] * steps for stage in metrics.STAGES}
+    zeros = {stage: [0.5] * steps for stage in ("draft", "shallow", "target", "accept", "total", "compute", "stream_wait")}
     return {
         "nodes": [6] * steps,
         "accepted": [count - 1 for count in committed],
@@ -115,3 +115,11 @@ def test_stage_seconds_and_kinds_add_up() -> None:
     assert metrics.stage_seconds([TWO_TURNS])["draft"] == 1.5
     early = record(4, [turn([2], seconds={"draft": [0.25]})], [[1]], [1.0])
     assert metrics.stage_seconds([TWO_TURNS, early])["stream_wait"] == 1.5
+
+
+def test_stages_are_whatever_the_records_name() -> None:
+    own = record(3, [turn([2, 2], seconds={"lookup": [0.25, 0.5], "total": [1.0, 1.0]})], [[1, 2, 3, 4, 5]], [2.0])
+    assert metrics.stage_seconds([own, ONE_TURN]) == {
+        **{"lookup": 0.75, "total": 2.5},
+        **dict.fromkeys(("draft", "shallow", "target", "accept", "compute", "stream_wait"), 0.5),
+    }

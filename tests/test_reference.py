@@ -32,7 +32,7 @@ class RecordingCascade(Cascade):
 
     def propose(self, cycle: Cycle) -> Sequence[int]:
         nodes = super().propose(cycle)
-        self.trees.append({tuple(cycle.tree.path_tokens(node)): cycle.tree.kinds[node] for node in nodes})
+        self.trees.append({tuple(cycle.tree.tokens[step] for step in cycle.tree.path(node)[1:]): cycle.tree.kinds[node] for node in nodes})
         return nodes
 
 

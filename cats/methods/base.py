@@ -30,7 +30,13 @@ class Method(ABC):
 
     @abstractmethod
     def propose(self, cycle: Cycle) -> Sequence[int]:
-        """Grow `cycle.tree` below `cycle.depth_limit`; return the nodes to verify, root first, closed under parents."""
+        """Grow `cycle.tree`; return the nodes to verify.
+
+        The nodes are distinct and in ascending order (so a parent comes before its children), begin with the root and hold the parent of
+        each of them; probes among them come back in `observe` but are never accepted. No node, probes included, lies deeper than
+        `cycle.depth_limit`. What breaks this raises `ContractError`, as a bug of the method. Time may be charged to stages of any name
+        by `cycle.stage`.
+        """
 
     def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:  # noqa: B027 - nor learn
         """After verification, before the commit: the target's logits at `nodes`, the tree, the verdict."""
