@@ -108,7 +108,16 @@ class AdapterModel(nn.Module):
 
     @staticmethod
     def config_for(base: PretrainedConfig) -> LlamaConfig:
-        """The configuration of a fresh adapter for `base`: same width, heads, rope and epsilon, one layer, no bias."""
+        """The configuration of a fresh adapter for `base`: same width, heads, rope and epsilon, one layer, no bias.
+
+        Raises:
+            CatsError: the width is no multiple of the heads, which Llama layers ask for.
+        """
+        if base.hidden_size % base.num_attention_heads:
+            raise CatsError(
+                f"adapters are Llama layers, which need a width that is a multiple of the heads; this base model is {base.hidden_size} "
+                f"wide and has {base.num_attention_heads} heads, so it takes methods without adapters only."
+            )
         fields = {name: getattr(base, name) for name in COPIED_FIELDS if getattr(base, name, None) is not None}
         return LlamaConfig(num_hidden_layers=1, attention_bias=False, mlp_bias=False, **fields)
 

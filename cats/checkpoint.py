@@ -24,7 +24,7 @@ from cats.errors import CatsError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-CONFIG_FAULTS = (OSError, ValueError, TypeError, AttributeError, StrictDataclassError)
+CONFIG_FAULTS = (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError)
 """What transformers raises on a configuration that it cannot use."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 STORED_DTYPES = {

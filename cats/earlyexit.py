@@ -1,9 +1,9 @@
 """The base model, run layer by layer: any range `[start, end)`, or a part of it, over a shared cache.
 
-The layers are transformers' own, so every checkpoint of a family with this layout works (Llama, Mistral, Qwen2): an
-embedding, equal decoder layers, a final norm and a head. A layer is called with hidden states, a 4-D bias, rotary
-embeddings and a cache, and nothing else. Where the weights of its projections lie, in memory or in a stream, is known
-to the projections (`cats/linear.py`) and to the model's `source` alone.
+The layers are transformers' own, so every checkpoint of a family in `cats/families.py` works: an embedding, equal decoder
+layers, a final norm and a head. A layer is called with hidden states, a 4-D bias, rotary embeddings and a cache, and nothing
+else. Where the weights of its projections lie, in memory or in a stream, is known to the projections (`cats/linear.py`) and to
+the model's `source` alone.
 """
 
 import json
@@ -18,12 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from cats.checkpoint import CONFIG_FAULTS, load_strictly, parse_dtype, read_tensors
 from cats.errors import CatsError
+from cats.families import check_layers, check_rope, family_of, usable_context
 from cats.kv_cache import KVCache
 from cats.linear import WorkSpace, replace_projections
 from cats.rope import RopeTable
 from cats.turns import Turns
-
-FAMILIES = ("llama", "mistral", "qwen2")
 
 
 class WeightSource(Protocol):
@@ -226,17 +225,12 @@ def read_config(directory: str | Path) -> PretrainedConfig:
         raise CatsError(f"there is no directory {directory}; give the path of a checkpoint directory.")
     try:
         family = json.loads((directory / "config.json").read_text()).get("model_type")
-        if family not in FAMILIES:
-            raise CatsError(f"{directory} is a checkpoint of type {family!r}; supported are {', '.join(FAMILIES)}.")
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        family_of(family, str(directory))
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
     except CatsError:
         raise
     except CONFIG_FAULTS as error:
         raise CatsError(f"cannot read {directory / 'config.json'}: {str(error).splitlines()[0]}; fetch the checkpoint again.") from error
-
-
-def usable_context(config: PretrainedConfig) -> int:
-    """Positions in which plain causal attention is what the model was made for: the context, or a sliding window if shorter."""
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None and getattr(config, "use_sliding_window", True)
-    return min(config.max_position_embeddings, window) if slides else config.max_position_embeddings
+    check_rope(config)
+    check_layers(config, str(directory))
+    return config

@@ -4,18 +4,14 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from cats.errors import CatsError
+from cats.families import check_rope
 
 
 class RopeTable:
     """cos and sin of every position below `context`, in the dtype and on the device last asked for."""
 
     def __init__(self, rotary: nn.Module, config: PretrainedConfig, context: int):
-        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        if kind == "longrope":
-            raise CatsError(
-                "rope type 'longrope' depends on the length of the text and is not supported; use a checkpoint with fixed rope."
-            )
+        check_rope(config)
         self._rotary, self._context = rotary, context
         self._cos_ND: torch.Tensor | None = None
         self._sin_ND: torch.Tensor | None = None

@@ -82,7 +82,7 @@ def assert_adapter_is_sound(adapter: AdapterState, exit_1ND: torch.Tensor, name:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", ["llama-grouped", "llama-biases", "qwen2"])
+@pytest.mark.parametrize("family", ["llama-grouped", "llama-biases", "qwen2", "qwen3"])
 @torch.inference_mode()
 def test_caches_equal_caches_from_scratch(tiny: Tiny, family: str, shape: str) -> None:
     model = cats.load(tiny(family).base, tiny(family).adapters, dtype="float64")

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import cats
 from cats.adapter import AdapterModel
 from cats.checkpoint import read_tensor, read_tensors
 from cats.earlyexit import EarlyExitLlamaForCausalLM
-from tests.tiny_models import DRAFT_EXIT, LAYERS, TinyModel
+from tests.tiny_models import CONTEXT, DRAFT_EXIT, FAMILIES, LAYERS, VOCAB, TinyModel, reload
 
 Tiny = Callable[[str], TinyModel]
 IDS = torch.tensor([[3, 5, 7, 11, 13]])
@@ -32,10 +31,10 @@ def draft(tiny: Tiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny("llama").draft, tmp_path / "draft"))
 
 
-def logits(directory: Path) -> torch.Tensor:
-    model = EarlyExitLlamaForCausalLM.from_pretrained(directory, "float64")
+def logits(directory: Path, ids: torch.Tensor = IDS, dtype: str = "float64") -> torch.Tensor:
+    model = EarlyExitLlamaForCausalLM.from_pretrained(directory, dtype)
     with torch.inference_mode():
-        return model.target_logits(model.hidden_states(IDS, [LAYERS])[LAYERS])
+        return model.target_logits(model.hidden_states(ids, [LAYERS])[LAYERS])
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -71,10 +70,15 @@ def test_every_layout_gives_the_same_model(base: Path, layout: str) -> None:
     torch.testing.assert_close(logits(base), expected)
 
 
-def test_logits_are_transformers_own(base: Path) -> None:
-    with torch.inference_mode():
-        theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)(IDS).logits
-    torch.testing.assert_close(logits(base), theirs)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_transformers_own(tiny: Tiny, family: str) -> None:
+    """At every position of the context, far beyond the one that the ropes of some of these models were first trained to."""
+    ids = torch.randint(3, VOCAB, (1, CONTEXT), generator=torch.Generator().manual_seed(6))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        with torch.inference_mode():
+            theirs = reload(tiny(family), dtype)(ids).logits
+        ours = logits(tiny(family).base, ids, str(dtype).removeprefix("torch."))
+        torch.testing.assert_close(ours, theirs, atol=tolerance * float(theirs.abs().max()), rtol=0)
 
 
 def test_one_tensor_is_read_alone_or_named_as_missing(base: Path) -> None:

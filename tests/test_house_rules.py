@@ -19,7 +19,7 @@ LARGEST_FILE = 16 * 2**20
 
 # A module of cats/ may import from its own rank and from those above it in this list.
 RANKS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "files", "turns"}),
+    frozenset({"errors", "files", "turns", "families"}),
     frozenset({"planning", "config", "tree", "masks", "acceptance", "trace", "stopping"}),
     frozenset({"rope", "kv_cache", "checkpoint", "linear", "adapter", "earlyexit", "cats_model", "runtime"}),
     frozenset({"state"}),
@@ -28,7 +28,8 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({""}),
     frozenset({"cli", "__main__"}),
 )
-TRAINING_MAY_USE = {"errors", "files", "cli", "rope", "checkpoint", "adapter", "earlyexit", ""}  # "": the names that the package exports
+# "": the names that the package exports.
+TRAINING_MAY_USE = {"errors", "files", "families", "cli", "rope", "checkpoint", "adapter", "earlyexit", ""}
 
 README_FLAGS = {
     "evaluation.CATS_dynamic": (

@@ -6,16 +6,20 @@ A new method is covered by the shape that tests/methods.py must give it. float32
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 import cats
 from tests.methods import SHAPES
-from tests.tiny_models import CONTEXT, EOS, FAMILIES, TinyModel, build, prompts, reload
+from tests.tiny_models import CONTEXT, EOS, FAMILIES, LAYERS, SIZES, TinyModel, build, prompts, reload
 
 LENGTHS = (1, 2, 7, 40)
 PROMPTS = [*prompts(count=1, longest=20, seed=4), [7]]
+SLIDES: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 24}
+ALTERNATING = ["full_attention", "sliding_attention"] * (LAYERS // 2)
 Tiny = Callable[[str], TinyModel]
 
 
@@ -96,11 +100,18 @@ def test_long_prompts_are_read_in_pieces(tiny: Tiny, monkeypatch: pytest.MonkeyP
         assert answer(loaded(tiny("llama-grouped")), prompt, shape, cats.GenerationConfig(max_new_tokens=20)).ids == whole
 
 
-def test_a_sliding_window_is_the_context(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Mistral with a window: up to the window plain causal attention is exact, and answers end there."""
-    config = FAMILIES["mistral"]()
-    config.sliding_window = 24
-    windowed = build(tmp_path_factory.mktemp("windowed"), config)
+WINDOWED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mistral": lambda: MistralConfig(**(SIZES | {"sliding_window": 24})),
+    "mistral, a switch of other families": lambda: MistralConfig(**(SIZES | SLIDES | {"use_sliding_window": False})),
+    "qwen2, later layers": lambda: Qwen2Config(**(SIZES | SLIDES | {"max_window_layers": 3})),
+    "qwen3, every second layer": lambda: Qwen3Config(**(SIZES | SLIDES | {"head_dim": 12, "layer_types": ALTERNATING})),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWED)
+def test_a_sliding_window_is_the_context(tmp_path_factory: pytest.TempPathFactory, case: str) -> None:
+    """Up to the window plain causal attention is exact, and answers end there."""
+    windowed = build(tmp_path_factory.mktemp("windowed"), WINDOWED[case]())
     model, prompt = loaded(windowed), PROMPTS[0]
     assert model.base.context == 24
     whole = expected(windowed, tuple(prompt), 24 - len(prompt))

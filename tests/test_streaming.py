@@ -95,16 +95,21 @@ def test_every_method_and_ring(tiny: Tiny, shape: str, ring_buffers: int) -> Non
     assert_equal(run(model, shape), expected(tiny("llama"), shape))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("shape", ["autoregressive", "cascade-tree"])
-def test_budgets_from_the_smallest_to_everything(tiny: Tiny, shape: str, share: float) -> None:
-    least = smallest(tiny("llama"))
-    everything = plan_of(streamed(tiny("llama"), cats.MemoryOptions(10**9, "weights"))).charged
-    model = streamed(tiny("llama"), cats.MemoryOptions(round(least + share * (everything - least)), "weights", ring_buffers=1))
+@pytest.mark.parametrize(
+    ("family", "shape", "share"),
+    [
+        *(("llama", shape, share) for shape in ("autoregressive", "cascade-tree") for share in (0.0, 0.2, 0.5, 0.8, 1.0)),
+        *((family, "cascade-tree", share) for family in ("llama-rope-llama3", "qwen2", "qwen3", "mistral") for share in (0.0, 0.5)),
+    ],
+)
+def test_budgets_from_the_smallest_to_everything(tiny: Tiny, family: str, shape: str, share: float) -> None:
+    least = smallest(tiny(family))
+    everything = plan_of(streamed(tiny(family), cats.MemoryOptions(10**9, "weights"))).charged
+    model = streamed(tiny(family), cats.MemoryOptions(round(least + share * (everything - least)), "weights", ring_buffers=1))
     plan = plan_of(model)
     assert plan.charged <= (plan.budget_bytes or 0)
     assert bool(plan.streamed) == (share < 1)
-    assert_equal(run(model, shape), expected(tiny("llama"), shape))
+    assert_equal(run(model, shape), expected(tiny(family), shape))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

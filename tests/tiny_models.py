@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from cats.adapter import AdapterModel
 
@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": EOS,
 }
+YARN: dict[str, Any] = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 
 
 def _llama(**changes: Any) -> LlamaConfig:
@@ -52,10 +53,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-biases": lambda: _llama(attention_bias=True, mlp_bias=True),
     "llama-rope-linear": lambda: _rope(rope_type="linear", factor=2.0),
     "llama-rope-dynamic": lambda: _rope(rope_type="dynamic", factor=2.0),
-    "llama-rope-yarn": lambda: _rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=24),
+    "llama-rope-yarn": lambda: _llama(rope_parameters=YARN),
     "llama-rope-llama3": lambda: _rope(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24
     ),
+    "qwen3": lambda: Qwen3Config(**(SIZES | {"num_key_value_heads": 2, "head_dim": 12})),
+    "qwen3-tied-yarn": lambda: Qwen3Config(**(SIZES | {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": YARN})),
     "qwen2": lambda: Qwen2Config(**(SIZES | {"num_key_value_heads": 2})),
     "qwen2-tied": lambda: Qwen2Config(**(SIZES | {"tie_word_embeddings": True})),
     "mistral": lambda: MistralConfig(**(SIZES | {"num_key_value_heads": 2, "sliding_window": None})),

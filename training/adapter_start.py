@@ -11,6 +11,7 @@ from cats.adapter import AdapterModel
 from cats.checkpoint import CONFIG_FAULTS, read_tensor
 from cats.earlyexit import read_config
 from cats.errors import CatsError
+from cats.families import family_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,8 +30,17 @@ def fresh_adapter(config: LlamaConfig, exit_layer: int, seed: int) -> AdapterMod
 
 
 def adapter_from_base(config: LlamaConfig, exit_layer: int, model_path: str | Path) -> AdapterModel:
-    """An adapter that starts with the attention of base layer `exit_layer` and the base's final norm, read tensor by tensor."""
+    """An adapter that starts with the attention of base layer `exit_layer` and the base's final norm, read tensor by tensor.
+
+    A layer whose attention has parts that the adapter lacks (biases, norms of the heads) would not be the same attention: `CatsError`.
+    """
     adapter = AdapterModel(config, exit_layer)
+    left_out = parts_left_out(read_config(model_path), set(adapter.state_dict()))
+    if left_out:
+        raise CatsError(
+            f"the layers of {model_path} have {', '.join(left_out)}, which the block of an adapter does not have, so it cannot start as "
+            "one of them; start at random with --init fresh."
+        )
     places = {name: f"model.{name.replace('layers.0', f'layers.{exit_layer}')}" for name in adapter.state_dict()}
     tensors = {name: read_tensor(model_path, place).float() for name, place in places.items()}
     for name, own in adapter.state_dict().items():
@@ -41,6 +51,14 @@ def adapter_from_base(config: LlamaConfig, exit_layer: int, model_path: str | Pa
             )
     adapter.load_state_dict(tensors)
     return adapter
+
+
+def parts_left_out(base: PretrainedConfig, names: set[str]) -> list[str]:
+    """Biases and head norms that go with the matrices of an adapter in a layer of `base`, and are not among the adapter's tensors."""
+    family = family_of(base.model_type, "the base model")
+    parts = [f"{matrix}.bias" for matrix in family.biased(base.to_dict()) if f"layers.0.{matrix}.weight" in names]
+    parts += [f"{norm}.weight" for norm in family.head_norms]
+    return [part for part in parts if f"layers.0.{part}" not in names]
 
 
 def starting_adapters(

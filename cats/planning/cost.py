@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cats.errors import CatsError
+from cats.families import ATTENTION, GATED_MLP, family_of
 from cats.planning.plan import MemoryPlan, ModelSizes, window
 from cats.planning.profile import DeviceProfile, chain_nodes, held_between
 
 SERIAL = ((1.0, 0.6), (2.0, 0.15), (3.0, 0.0))
 """(size of the ring in largest matrices, share of the lesser of reading and computing that is not hidden)."""
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,12 @@ def sizes_of(config: Mapping[str, Any], itemsize: int, device: DeviceProfile, la
     if min(hidden, inner, vocab, heads, kv_heads, head_dim, count) < 1:
         raise CatsError("the configuration has a size below 1; give the config.json of a Llama-like model.")
     query_width, kv_width = heads * head_dim, kv_heads * head_dim
-    attention = dict(zip(ATTENTION, (query_width, kv_width, kv_width, query_width), strict=True))
-    matrices = tuple((name, hidden * width * itemsize) for name, width in attention.items())
-    matrices += tuple((f"mlp.{part}_proj", hidden * inner * itemsize) for part in ("gate", "up", "down"))
-    biases = query_width + 2 * kv_width if config.get("attention_bias") or config.get("model_type") == "qwen2" else 0
-    biases += hidden if config.get("attention_bias") else 0
-    biases += 2 * inner + hidden if config.get("mlp_bias") else 0
+    family = family_of(config.get("model_type", "llama"), "the configuration")
+    wide_of = dict(zip(ATTENTION + GATED_MLP, (query_width, kv_width, kv_width, query_width, inner, inner, inner), strict=True))
+    matrices = tuple((name, hidden * wide_of[name] * itemsize) for name in family.matrices)
+    inward = {"self_attn.o_proj": hidden, "mlp.down_proj": hidden}  # their products, and so their biases, are as wide as the states
+    biases = sum(inward.get(name, wide_of[name]) for name in family.biased(config))
+    head_norms = len(family.head_norms) * head_dim
     return ModelSizes(
         layers=count,
         hidden=hidden,
@@ -191,7 +191,7 @@ def sizes_of(config: Mapping[str, Any], itemsize: int, device: DeviceProfile, la
         vocab=vocab,
         kv_width=kv_width,
         matrices=matrices,
-        other_layer_bytes=wide * (2 * hidden + biases),
+        other_layer_bytes=wide * (2 * hidden + biases + head_norms),
         lm_head_bytes=vocab * hidden * itemsize,
         adapter_bytes=sum(nbytes for _, nbytes in matrices[: len(ATTENTION)]) + 2 * hidden * wide,
         widen_bytes=device.widen_bytes,

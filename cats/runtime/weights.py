@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from cats.adapter import AdapterModel
 from cats.checkpoint import TensorPlace, check_tensors, locate_tensors, parse_dtype
 from cats.config import MemoryOptions
-from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config, usable_context
+from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
+from cats.families import family_of, usable_context
 from cats.kv_cache import head_dim
 from cats.linear import Linear, WorkSpace, replace_projections, work_bytes
 from cats.planning.plan import Demand, MemoryPlan, ModelSizes, amount, held, plan_memory
@@ -31,11 +32,6 @@ from cats.runtime.streamer import Streamed, Streamer
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROW = "a row of the embedding table"
-MATRICES = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
-"""The matrices of a decoder layer, in the order in which transformers' layers use them."""
 
 
 def tensor_name(layer: int, matrix: str) -> str:
@@ -283,8 +279,9 @@ def model_sizes(
 ) -> ModelSizes:
     """Sizes of a checkpoint as stored; layers are equal, so the first speaks for all."""
     of_layer = {name.removeprefix("model.layers.0."): place for name, place in places.items() if name.startswith("model.layers.0.")}
-    matrices = tuple((matrix, of_layer[f"{matrix}.weight"].nbytes) for matrix in MATRICES)
-    small = [place for name, place in of_layer.items() if name.removesuffix(".weight") not in MATRICES]
+    names = family_of(config.model_type, "the base model").matrices
+    matrices = tuple((matrix, of_layer[f"{matrix}.weight"].nbytes) for matrix in names)
+    small = [place for name, place in of_layer.items() if name.removesuffix(".weight") not in names]
     multiplied = (*of_layer.values(), places[HEAD])
     largest = max(place.nbytes // place.dtype.itemsize for place in multiplied)
     stored = {place.dtype for place in multiplied} | {adapter.dtype for adapter in adapters}
