@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import GenerationConfig as TransformersConfig
 
 from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import parse_dtype
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from evaluation.chat import Chat
 from evaluation.options import Adapters, adapters_for, add_model_flags, chosen_memory
 from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
@@ -184,7 +184,7 @@ def compare_all(comparison: Comparison, processes: Processes, device: torch.devi
     processes.wait_for_everyone()
     if processes.is_main_process and not done:
         write_json(comparison.settings_file, {"settings": comparison.settings})
-    for prompt in tqdm(own_share(waiting, processes), desc="prompts", unit="prompt", disable=not processes.is_main_process):
+    for prompt in live_bar(own_share(waiting, processes), desc="prompts", unit="prompt", disable=not processes.is_main_process):
         prompt_ids = chat.prompt_ids(prompt.turns[:1], ())
         outcome = compare_prompt(subject, reference, prompt_ids, comparison.methods, args.max_new_tokens)
         append_record(comparison.records, {"question_id": prompt.question_id, **outcome})

@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from cats import CatsError, Generation, GenerationConfig
+from cats.cli.progress import live_bar
 from cats.trace import StepTrace
 from evaluation.processes import OneProcess, Processes, own_share
 from evaluation.questions import Question, QuestionId
@@ -97,12 +96,13 @@ def run_eval(
     processes.wait_for_everyone()
     mine = own_share(missing, processes)
     if mine:
-        warm_up(contenders, mine[0][0], asking)
+        with live_bar(desc="warm-up", bar_format="{desc}: {elapsed}", leave=False, disable=not processes.is_main_process):
+            warm_up(contenders, mine[0][0], asking)
     processes.wait_for_everyone()
     if missing and on_start is not None and processes.is_main_process:
         on_start()
     processes.wait_for_everyone()
-    with tqdm(mine, desc=contenders[0].model_id, unit="question", disable=not processes.is_main_process) as bar:
+    with live_bar(mine, desc=contenders[0].model_id, unit="question", disable=not processes.is_main_process) as bar:
         for place, (question, waiting) in enumerate(bar):
             for contender in waiting if place % 2 == 0 else reversed(waiting):
                 append_record(contender.answers, ask(contender, question, asking))

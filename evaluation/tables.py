@@ -35,6 +35,7 @@ from cats import (
 from cats.adapter import read_adapter_config
 from cats.checkpoint import DTYPES, locate_tensors
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.earlyexit import read_config
 from cats.errors import BudgetError
 from cats.files import write_atomically
@@ -367,10 +368,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     budgets = given or scaled_budgets(args.model_path, max(sizes))
     measured: list[tuple[Row, dict[str, Any]]] = []
     rows = list(TABLES[args.table](budgets, args.draft_adapter_path, args.shallow_adapter_paths))
-    for place, row in enumerate(rows, start=1):
-        pinned = "pinned" if row.pinning else "not pinned"
-        sys.stderr.write(f"row {place} of {len(rows)}: {amount(row.budget_bytes)}, {row.name}, {pinned} ...\n")
-        measured.append((row, measure(row, exercise)))
+    with live_bar(total=len(rows), unit="row") as bar:
+        for row in rows:
+            bar.set_description(f"{amount(row.budget_bytes)}, {row.name}, {'pinned' if row.pinning else 'not pinned'}")
+            measured.append((row, measure(row, exercise)))
+            bar.update()
     about = environment()
     text = report(args, exercise, measured, about)
     lines = [

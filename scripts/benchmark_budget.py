@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cats.checkpoint import DTYPES, weight_files
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.planning.plan import parse_amount
@@ -238,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_settings(settings_file, settings, runs)
     write_json(settings_file, {"settings": settings})
     done = {(record["repeat"], record["engine"]) for record in read_records(runs) if "failed" not in record}
-    for repeat, engine in tqdm([turn for turn in in_turns(args.engines, args.repeats) if turn not in done], desc="runs"):
+    for repeat, engine in live_bar([turn for turn in in_turns(args.engines, args.repeats) if turn not in done], desc="runs"):
         measured = one_run(request_of(args, engine), rate, not args.no_limit, args.timeout)
         append_record(runs, {"engine": engine, "repeat": repeat, "label": title(engine, args.replayed_acceptance), **measured})
     latest = {(record["repeat"], record["engine"]): record for record in read_records(runs)}

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cats
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.files import write_atomically
 from evaluation.timing import environment, paired
 
@@ -97,7 +97,7 @@ def against_transformers(subject: Subject, repeats: int) -> dict[str, Any]:
 def overheads(subject: Subject, repeats: int) -> dict[str, Any]:
     """Per method: speed against plain, seconds per cycle by stage, and the share outside the model; methods take turns."""
     answers: dict[str, list[cats.Generation]] = {name: [] for name in METHODS}
-    for _ in tqdm(range(repeats), desc="methods in turns"):
+    for _ in live_bar(range(repeats), desc="methods in turns"):
         for name, method in METHODS.items():
             answers[name] += subject.ours(method)
     plain = seconds_per_token(answers["plain"])

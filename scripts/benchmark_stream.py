@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cats.checkpoint import TensorPlace, locate_tensors
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.runtime.arena import Arena
@@ -81,7 +80,7 @@ def measure(streamer: Streamer, repeats: int) -> dict[str, Any]:
     files = [DirectFile(path) for path in dict.fromkeys(streamed.place.path for streamed in streamer.order)]
     arena = Arena(REQUEST_BYTES)
     streamed, raw = [streamed_rate(streamer)], [raw_rate(files, arena)]
-    for turn in tqdm(range(repeats), desc="pairs"):
+    for turn in live_bar(range(repeats), desc="pairs"):
         if turn % 2 == 0:
             streamed.append(streamed_rate(streamer))
             raw.append(raw_rate(files, arena))

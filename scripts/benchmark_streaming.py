@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import cats
 from cats.checkpoint import locate_tensors
 from cats.cli.command import exit_with_sentence
 from cats.cli.memory_flags import PROMPT_POSITIONS
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import rate_text
@@ -103,7 +103,7 @@ def answer_in_turns(args: argparse.Namespace, contenders: dict[str, Contender]) 
     ends = end_token_ids(args.model_path, next(iter(contenders.values())).model.base.config, chat)
     config = cats.GenerationConfig(max_new_tokens=args.max_new_tokens, eos_token_ids=ends)
     labels = list(contenders)
-    for place, question in enumerate(tqdm(questions, desc="questions", unit="question")):
+    for place, question in enumerate(live_bar(questions, desc="questions", unit="question")):
         prompt = chat.prompt_ids(question.turns[:1], ())
         for label in labels[place % len(labels) :] + labels[: place % len(labels)]:
             contender = contenders[label]

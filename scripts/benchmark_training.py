@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
 from cats.files import write_atomically
@@ -93,7 +93,7 @@ class Turns:
     def take(cls, actions: dict[str, Callable[[], object]], rounds: int) -> "Turns":
         """Call every action once a round, after one untimed round."""
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
-        for round_number in tqdm(range(rounds + 1), desc="rounds"):
+        for round_number in live_bar(range(rounds + 1), desc="rounds"):
             for name, action in actions.items():
                 wall, processor = time.perf_counter(), time.process_time()
                 action()

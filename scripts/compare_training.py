@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from cats import CatsError, Generation, GenerationConfig
 from cats.adapter import AdapterModel
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from evaluation.options import Adapters
 from evaluation.presets import PRESETS
 from evaluation.subject import load_chat, load_subject
@@ -167,7 +167,8 @@ class Comparison:
         found: dict[str, Any] = {}
         texts = []
         for method in methods:
-            answers = [subject.answer(prompt, PRESETS[method], config) for prompt in tqdm(prompts, desc=f"{part} {method}", unit="prompt")]
+            bar = live_bar(prompts, desc=f"{part} {method}", unit="prompt")
+            answers = [subject.answer(prompt, PRESETS[method], config) for prompt in bar]
             found[method] = accepted_lengths(answers)
             texts.append([answer.ids for answer in answers])
         return found | {"same_text": sum(len({*map(tuple, ids)}) == 1 for ids in zip(*texts, strict=True))}

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cats.adapter import AdapterModel
 from cats.checkpoint import CONFIG_FAULTS, DTYPES
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
 
@@ -228,7 +228,7 @@ def make_checkpoint(
     adapter_bytes = bytes_of((4, config.hidden_size, config.num_attention_heads * (config.head_dim or 0)), dtype)
     check_space(outdir, sum(shard.nbytes for shard in missing) + len(absent) * adapter_bytes + 2**24)
     block = Block(dtype, seed)
-    with tqdm(total=sum(shard.nbytes for shard in missing), unit="B", unit_scale=True, desc=str(outdir)) as bar:
+    with live_bar(total=sum(shard.nbytes for shard in missing), unit="B", unit_scale=True, desc=str(outdir)) as bar:
         for shard in missing:
             write_atomically(outdir / shard.name, lambda part, shard=shard: write_shard(shard, block, part, bar))  # type: ignore[misc]
     for exit_layer, path in absent.items():

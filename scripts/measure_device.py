@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cats.checkpoint import DTYPES, parse_dtype, weight_files
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
 from cats.linear import WorkSpace, replace_projections, work_bytes
@@ -115,7 +115,7 @@ def time_layers(model: EarlyExitLlamaForCausalLM, nodes: Sequence[int], context:
     layers: list[tuple[int, float]] = []
     heads: list[tuple[int, float]] = []
     cache = model.new_cache(context + max(nodes))
-    for count in tqdm(nodes, desc="nodes of a pass"):
+    for count in live_bar(nodes, desc="nodes of a pass"):
         states = torch.randn(1, count, model.config.hidden_size, dtype=model.dtype, device=model.device)
         positions = torch.arange(context, context + count, device=model.device)
         bias = torch.zeros(1, 1, count, context + count, dtype=model.dtype, device=model.device)
@@ -156,7 +156,7 @@ def file_to_read(args: argparse.Namespace) -> Iterator[Path]:
     path = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            for _ in tqdm(range(math.ceil(size / WRITTEN_AT_ONCE)), desc="file to read"):
+            for _ in live_bar(range(math.ceil(size / WRITTEN_AT_ONCE)), desc="file to read"):
                 file.write(os.urandom(WRITTEN_AT_ONCE))
             file.flush()
             os.fsync(file.fileno())
@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace) -> DeviceProfile:
     config, device = read_shape(args), torch.device(args.device)
     stored, compute = dtypes_of(args, config)
     with file_to_read(args) as path:
-        rates = [measure_read_rate(path) for _ in tqdm(range(args.repeats), desc="disk")]
+        rates = [measure_read_rate(path) for _ in live_bar(range(args.repeats), desc="disk")]
     memory = memory_rate(device, args.repeats)
     model = build(config, stored, compute, device, 1)
     layer_bytes = sum(weight.nbytes for weight in model.layers.parameters() if weight.dim() == 2)

@@ -76,3 +76,10 @@ def test_tokens_are_drawn_from_the_truncated_distribution(temperature: float, to
     shares = torch.bincount(drawn, minlength=5) / count
     expected = torch.tensor([float(chances_V[token]) / mass if token in kept else 0.0 for token in range(5)])
     torch.testing.assert_close(shares, expected, atol=1e-4, rtol=0)
+
+
+def test_tokens_are_told_as_they_are_written(model: cats.MultiAdapterCATSModel) -> None:
+    made, told = requests(), list[int]()
+    answer_all(model.base, made, GREEDY, 24, (EOS,), 3, told.append)
+    assert sum(told) == sum(len(request.answer) for request in made)
+    assert len(told) > 24

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from cats.adapter import AdapterModel
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
 from training.adapter_run import AdapterRun
@@ -80,7 +80,7 @@ class AdapterTrainer:
         main, saved_at = self.accelerator.is_main_process, time.monotonic()
         last = min(self.run.last_step(self.steps_per_epoch), stop_epoch * self.steps_per_epoch or math.inf)
         total = None if last == math.inf else int(last)
-        with tqdm(total=total, initial=self.step, unit="step", mininterval=5, disable=not main) as bar:
+        with live_bar(total=total, initial=self.step, unit="step", mininterval=5, disable=not main) as bar:
             while self.progress < 1.0 and self.step < last:
                 entry = self.optimizer_step()
                 bar.update()

@@ -4,7 +4,7 @@ All supported kinds of rotary embedding see only differences of positions, so a 
 compute alone, up to rounding. Rows are sampled with random numbers of their own, whatever else is in the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,12 +91,13 @@ class Batch:
         self.padding_B = torch.tensor([longest - len(request.prompt) for request in requests], device=base.device)
         self.uniform_BN = torch.from_numpy(np.stack([np.random.default_rng(each.seed).random(max_new_tokens) for each in requests]))
 
-    def run(self, choice: Choice) -> None:
+    def run(self, choice: Choice, on_tokens: Callable[[int], object]) -> None:
         """Answer every request."""
         ids_BT = torch.tensor([[0] * int(pad) + each.prompt for pad, each in zip(self.padding_B, self.requests, strict=True)])
         for place in range(self.limit):
             logits_BV = self.forward(ids_BT.to(self.base.device))
             tokens = choice.tokens(logits_BV, self.uniform_BN[:, place]).tolist()
+            on_tokens(sum(not request.ended for request in self.requests))
             for request, token in zip(self.requests, tokens, strict=True):
                 if not request.ended:
                     request.answer.append(token)
@@ -137,16 +138,22 @@ class Batch:
 
 @torch.inference_mode()
 def answer_all(
-    base: EarlyExitLlamaForCausalLM, requests: Sequence[Request], choice: Choice, max_new_tokens: int, ends: Sequence[int], rows: int
+    base: EarlyExitLlamaForCausalLM,
+    requests: Sequence[Request],
+    choice: Choice,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    rows: int,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Fill in the answers of all requests, `rows` at a time, those of similar length together.
 
     A prompt that may reach the end of the context is answered alone, since padding would take positions from it. Prompts
-    must be shorter than the context.
+    must be shorter than the context. `on_tokens` is called after every forward with the number of tokens it gave.
     """
     by_length = sorted(requests, key=lambda request: len(request.prompt))
     roomy = [request for request in by_length if len(request.prompt) + max_new_tokens <= base.context]
     for start in range(0, len(roomy), rows):
-        Batch(base, roomy[start : start + rows], max_new_tokens, ends).run(choice)
+        Batch(base, roomy[start : start + rows], max_new_tokens, ends).run(choice, on_tokens)
     for request in by_length[len(roomy) :]:
-        Batch(base, [request], base.context - len(request.prompt), ends).run(choice)
+        Batch(base, [request], base.context - len(request.prompt), ends).run(choice, on_tokens)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from training.conversations import Conversation, Rendered, Renderer, fastchat_renderer, jinja_renderer
 
@@ -54,7 +54,7 @@ def renderer_for(tokenizer: PreTrainedTokenizerFast, model_path: str | Path, tem
 def encode_chats(tokenizer: PreTrainedTokenizerFast, renderer: Renderer, chats: Sequence[Conversation], longest: int) -> list[ChatTokens]:
     """Tokenize conversations, cut at `longest` tokens; conversations left without an answer token are kept (mask all false)."""
     encoded: list[ChatTokens] = []
-    for start in tqdm(range(0, len(chats), BATCH), desc="tokenize", unit="batch", leave=False, disable=len(chats) < BATCH):
+    for start in live_bar(range(0, len(chats), BATCH), desc="tokenize", unit="batch", leave=False, disable=len(chats) < BATCH):
         rendered = [without_bos(renderer(chat), tokenizer.bos_token) for chat in chats[start : start + BATCH]]
         encodings = tokenizer.backend_tokenizer.encode_batch([chat.text for chat in rendered])
         encoded.extend(_cut(tokenizer, chat, encoding, longest) for chat, encoding in zip(rendered, encodings, strict=True))

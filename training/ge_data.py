@@ -25,12 +25,12 @@ if __package__ in (None, ""):  # run as a file, as in the paper's README
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import cats
 from cats.checkpoint import DTYPES
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
 from training.base_model import base_device, load_base, model_path_of
@@ -148,7 +148,7 @@ def make_shards(source: TextSource, arguments: argparse.Namespace, accelerator: 
     if arguments.dry_run:
         return
     mine = open_numbers[accelerator.process_index :: accelerator.num_processes]
-    for number in tqdm(mine, desc="store states", unit="shard", disable=not accelerator.is_main_process):
+    for number in live_bar(mine, desc="store states", unit="shard", disable=not accelerator.is_main_process):
         write_shard(shard_path(directory, number), source.rows, shards[number], source.batch(shards[number]), dtype)
     accelerator.wait_for_everyone()
 

@@ -6,15 +6,15 @@ learnt there. Finished conversations are kept: the same command goes on after an
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import cats
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from training.batched_answers import Choice, Request, answer_all
 from training.chat_tokens import without_bos
@@ -56,18 +56,21 @@ class Answerer:
         eos = model.base.config.eos_token_id
         self.eos = tuple(eos) if isinstance(eos, list) else (eos,)
 
-    def answers(self, chats: dict[int, Conversation]) -> dict[int, Conversation]:
-        """The conversations, by number, with the model's own answers; shorter where an answer is empty, cut off, or the context is full."""
+    def answers(self, chats: dict[int, Conversation], on_tokens: Callable[[int], object] = lambda count: None) -> dict[int, Conversation]:
+        """The conversations, by number, with the model's own answers; shorter where an answer is empty, cut off, or the context is full.
+
+        `on_tokens` is called with the number of new tokens, whenever there are some.
+        """
         written: dict[int, tuple[Turn, ...]] = dict.fromkeys(chats, ())
         open_numbers = list(chats)
         for place in range(0, max((len(chat.turns) for chat in chats.values()), default=0), 2):
             asked = {number: (*written[number], chats[number].turns[place]) for number in open_numbers if place < len(chats[number].turns)}
-            answered = self.answer_turn({number: replace(chats[number], turns=turns) for number, turns in asked.items()}, place)
+            answered = self.answer_turn({number: replace(chats[number], turns=turns) for number, turns in asked.items()}, place, on_tokens)
             written |= {number: (*asked[number], turn) for number, turn in answered.items()}
             open_numbers = [number for number, turn in answered.items() if turn.finished]
         return {number: replace(chats[number], turns=turns) for number, turns in written.items()}
 
-    def answer_turn(self, asked: dict[int, Conversation], place: int) -> dict[int, Turn]:
+    def answer_turn(self, asked: dict[int, Conversation], place: int, on_tokens: Callable[[int], object]) -> dict[int, Turn]:
         """One answer to each conversation that ends with a question; none where it is empty or the question fills the context."""
         prompts = {number: self.prompt_ids(replace(chat, turns=(*chat.turns, Turn(1, ".")))) for number, chat in asked.items()}
         requests = {
@@ -75,7 +78,7 @@ class Answerer:
             for number, prompt in prompts.items()
             if len(prompt) < self.base.context
         }
-        answer_all(self.base, list(requests.values()), self.choice, self.settings.max_new_tokens, self.eos, self.settings.rows)
+        answer_all(self.base, list(requests.values()), self.choice, self.settings.max_new_tokens, self.eos, self.settings.rows, on_tokens)
         texts = {
             number: str(self.tokenizer.decode(request.answer, skip_special_tokens=True)).strip() for number, request in requests.items()
         }
@@ -95,10 +98,17 @@ def regenerate(answerer: Answerer, chats: Sequence[Conversation], directory: Pat
     done = {number for number, _ in finished_answers(directory)}
     open_numbers = [number for number in range(len(chats)) if number not in done][rank::processes]
     size = CHUNK * answerer.settings.rows
-    with appending(directory / f"answers_{rank}.jsonl") as file, tqdm(total=len(open_numbers), desc="answer", disable=rank > 0) as bar:
+    written = 0
+
+    def count(tokens: int) -> None:
+        nonlocal written
+        written += tokens
+        bar.set_postfix_str(f"{written:,} tokens", refresh=False)
+
+    with appending(directory / f"answers_{rank}.jsonl") as file, live_bar(total=len(open_numbers), desc="answer", disable=rank > 0) as bar:
         for start in range(0, len(open_numbers), size):
             chunk = open_numbers[start : start + size]
-            for number, chat in answerer.answers({number: chats[number] for number in chunk}).items():
+            for number, chat in answerer.answers({number: chats[number] for number in chunk}, count).items():
                 file.write(json.dumps({"number": number} | as_sharegpt(chat)) + "\n")
             file.flush()
             bar.update(len(chunk))

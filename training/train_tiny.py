@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cats.cli.command import exit_with_sentence
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
 from training.conversations import read_sharegpt, render
@@ -100,7 +100,7 @@ def encode_corpus(tokenizer: PreTrainedTokenizerFast, texts: list[str], path: Pa
     """All texts as one stream of uint16 ids, each starting with `<s>`; kept at `path` for the next run."""
     if not path.exists():
         pieces: list[np.ndarray] = []
-        for start in tqdm(range(0, len(texts), 2000), desc="tokenize", unit="batch"):
+        for start in live_bar(range(0, len(texts), 2000), desc="tokenize", unit="batch"):
             batch = tokenizer.backend_tokenizer.encode_batch(texts[start : start + 2000])
             pieces.extend(np.asarray(encoding.ids, dtype=np.uint16) for encoding in batch)
         write_atomically(path, partial(save_array, np.concatenate(pieces)))
@@ -169,7 +169,7 @@ def mean_nll(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def heldout_bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], context: int) -> float:
     """Total bits of the rendered conversations (first `context` tokens of each) over their UTF-8 bytes."""
     bits = size = 0.0
-    for text in tqdm(texts, desc="held-out", unit="conversation"):
+    for text in live_bar(texts, desc="held-out", unit="conversation"):
         encoding = tokenizer(text, truncation=True, max_length=context, return_offsets_mapping=True)
         ids = torch.tensor([encoding["input_ids"]])
         bits += float(mean_nll(model, ids)) * (ids.shape[1] - 1) / math.log(2)
@@ -216,7 +216,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end of the run; checkpoints every three minutes."""
         run, forward = self.run, torch.compile(mean_nll) if self.run.compile else mean_nll
-        bar = tqdm(total=run.tokens, initial=self.seen, unit="tok", unit_scale=True, mininterval=10)
+        bar = live_bar(total=run.tokens, initial=self.seen, unit="tok", unit_scale=True, mininterval=10)
         average, saved_at = None, time.monotonic()
         while self.progress < 1.0:
             started = time.monotonic()
