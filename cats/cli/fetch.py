@@ -1,0 +1,38 @@
+"""`python -m cats.cli.fetch`: bring SmolLM2-135M-Instruct, a small real chat model, into the cache, once; print where it lies."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from cats import smollm2
+from cats.cli.command import exit_with_sentence
+
+
+def fetch_with_progress() -> str:
+    """The model's directory, as text; a bar on standard error while it is being made."""
+    if (found := smollm2.cached()) is not None:
+        return str(found)
+    sys.stderr.write(f"SmolLM2-135M-Instruct (93 MB to fetch, once; kept in {smollm2.cache_directory()})\n")
+    layout = "{desc}{percentage:3.0f}% |{bar}| {elapsed}"
+    with tqdm(total=1.0, desc="fetching", bar_format=layout, mininterval=0.5, leave=False) as bar:
+
+        def report(what: str, share: float) -> None:
+            bar.set_description(what, refresh=False)
+            bar.n = share
+            bar.update(0)
+            bar.refresh()
+
+        return str(smollm2.fetch(report))
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cats.cli.fetch", description=__doc__)
+    parser.parse_args(argv)
+    print(fetch_with_progress())
+
+
+if __name__ == "__main__":
+    main()
