@@ -98,9 +98,8 @@ def download(directory: Path, report: Report) -> None:
             while pip.poll() is None:
                 report("fetching", 0.0)
                 time.sleep(0.2)
-        except BaseException:
-            pip.terminate()
-            raise
+        finally:
+            pip.terminate()  # where the wait was interrupted; does nothing to a process that has ended
         words.seek(0)
         said = [line.strip() for line in words if line.strip()]
     if pip.returncode != 0:

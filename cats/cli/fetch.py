@@ -31,7 +31,7 @@ def fetch_with_progress() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cats.cli.fetch", description=__doc__)
     parser.parse_args(argv)
-    print(fetch_with_progress())
+    sys.stdout.write(f"{fetch_with_progress()}\n")
 
 
 if __name__ == "__main__":
