@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import cats
 from cats.cli.command import exit_with_sentence
 from cats.cli.memory_flags import add_memory_flags, memory_options
+from cats.cli.method_flags import add_method_flags, chosen_method
 from cats.config import require
-from cats.methods import every_setting, flag_of, method_config, settings_of
 from cats.trace import StepTrace
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "tiny"
@@ -29,9 +29,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}-adapter-path", type=Path, help=f"(default for the embedded model: adapters/{directory})")
         parser.add_argument(f"--{name}-layer", type=int, help="exit layer (default: what the adapter's config.json says)")
     parser.add_argument("--method", choices=sorted(cats.METHODS), default="cascade")
-    for name, kind in every_setting().items():
-        users = [method for method, (_, config_class) in cats.METHODS.items() if name in settings_of(config_class)]
-        parser.add_argument(flag_of(name), type=kind, help=f"of {', '.join(users)}")
+    add_method_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -85,7 +83,7 @@ class LiveText:
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    config = method_config(arguments.method, {name: getattr(arguments, name) for name in every_setting()})
+    config = chosen_method(arguments.method, arguments)
     method = cats.build_method(config)
     memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
     model = cats.load(arguments.model_path, adapters_of(arguments, method.adapters), arguments.dtype, arguments.device, memory)

@@ -1,6 +1,6 @@
 """What one run is: frozen, checked once, here and nowhere else. Contradictions raise `CatsError` in plain words."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cats.errors import CatsError
@@ -53,6 +53,12 @@ class GenerationConfig:
         )
 
 
+STEPS = {"help": "tokens drafted in a round"}
+THRESHOLD = {"help": "from the second step on, drafting stops when the best probability falls below this; 0 never stops"}
+TREE_TOPK = {"help": "1 is a chain; above, candidates per drafted token"}
+TOTAL_TOKENS = {"help": "nodes of the tree, root included; -1 sizes it to steps * tree-topk + 1"}
+
+
 @dataclass(frozen=True)
 class AutoregressiveConfig:
     """Plain decoding."""
@@ -64,23 +70,20 @@ class AutoregressiveConfig:
 class CascadeConfig:
     """CATS (paper section 4.2).
 
-    Attributes:
-        steps: tokens drafted in a round, n.
-        threshold: from the second step on, drafting stops when the best probability falls below this; 0 never stops.
-        tree_topk: 1 is a chain; k adds the draft's k - 1 next best tokens as siblings, and k continuations of each correction.
-        total_tokens: nodes of the tree, root included; trunk and corrections enter whatever it says.
-            -1: steps * tree_topk + 1 a round, plus the corrections.
-        sv_passes: rounds of drafting and shallow verification before the target pass.
-        branch_rounds: rounds in which branches are continued by the draft; the paper's is 1, the corrections alone. Each further
-            round continues the tree_topk best branches so far, siblings among them (not in the paper).
+    The trunk holds `steps` tokens a round. `tree_topk` of k adds the draft's k - 1 next best tokens as siblings, and k continuations of
+    each correction; trunk and corrections enter whatever `total_tokens` says, and -1 gives each round steps * tree_topk + 1 nodes plus
+    the corrections. Each of `branch_rounds` beyond the first continues the tree_topk best branches so far, siblings among them, which is
+    not in the paper.
     """
 
-    steps: int = 5
-    threshold: float = 0.0
-    tree_topk: int = 1
-    total_tokens: int = -1
-    sv_passes: int = 1
-    branch_rounds: int = 1
+    steps: int = field(default=5, metadata=STEPS)
+    threshold: float = field(default=0.0, metadata=THRESHOLD)
+    tree_topk: int = field(default=1, metadata=TREE_TOPK)
+    total_tokens: int = field(default=-1, metadata=TOTAL_TOKENS)
+    sv_passes: int = field(default=1, metadata={"help": "rounds of drafting and shallow verification before the target pass"})
+    branch_rounds: int = field(
+        default=1, metadata={"help": "rounds in which the draft continues branches of the tree; the paper's is 1, the corrections alone"}
+    )
     name: ClassVar[str] = "cascade"
 
     def __post_init__(self) -> None:
@@ -98,8 +101,8 @@ class CascadeConfig:
 class KangarooConfig:
     """Kangaroo: one adapter, a chain that ends where the draft loses confidence."""
 
-    steps: int = 6
-    threshold: float = 0.6
+    steps: int = field(default=6, metadata=STEPS)
+    threshold: float = field(default=0.6, metadata=THRESHOLD)
     name: ClassVar[str] = "kangaroo"
 
     def __post_init__(self) -> None:
@@ -110,9 +113,9 @@ class KangarooConfig:
 class EagleSelfConfig:
     """EAGLE's drafting over the early exit: a chain of `steps`, or (tree_topk above 1) EAGLE-2's dynamic tree of depth `steps`."""
 
-    steps: int = 5
-    tree_topk: int = 1
-    total_tokens: int = -1
+    steps: int = field(default=5, metadata=STEPS)
+    tree_topk: int = field(default=1, metadata=TREE_TOPK)
+    total_tokens: int = field(default=-1, metadata=TOTAL_TOKENS)
     name: ClassVar[str] = "eagle_self"
 
     def __post_init__(self) -> None:
@@ -129,8 +132,8 @@ class EagleSelfConfig:
 class PromptLookupConfig:
     """Prompt lookup: the last n-gram of up to `max_ngram` tokens, found earlier in the text, continued by `continuation` tokens."""
 
-    max_ngram: int = 3
-    continuation: int = 10
+    max_ngram: int = field(default=3, metadata={"help": "longest n-gram looked up in the text so far"})
+    continuation: int = field(default=10, metadata={"help": "tokens taken from behind the match"})
     name: ClassVar[str] = "prompt_lookup"
 
     def __post_init__(self) -> None:

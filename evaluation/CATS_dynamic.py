@@ -41,6 +41,8 @@ from cats import (
     generate,
 )
 from cats.cli.command import exit_with_sentence
+from cats.cli.method_flags import add_method_flags, chosen_method
+from cats.settings import as_record
 from evaluation.chat import Chat
 from evaluation.eval import Asking, Contender, Forward, run_eval
 from evaluation.live_view import LiveView, check_trace_place
@@ -49,10 +51,8 @@ from evaluation.options import (
     Adapters,
     adapters_for,
     add_generation_flags,
-    add_method_flags,
     add_model_flags,
     chosen_memory,
-    chosen_method,
     generation_config,
 )
 from evaluation.processes import Processes, choose_device, start_processes
@@ -188,7 +188,7 @@ def run_settings(
             name: {"name": path.resolve().name, "exit_layer": layer, "weights": weights_fingerprint(path)}
             for name, (path, layer) in adapters.items()
         },
-        "method": {"name": method.name, **dataclasses.asdict(method)},
+        "method": as_record(method),
         "generation": {name: value for name, value in dataclasses.asdict(config).items() if name != "eos_token_ids"},
         "dtype": args.dtype,
         "device": choose_device(args.device).type,

@@ -25,6 +25,7 @@ from typing import Any
 from cats import CatsError, GenerationConfig, MethodConfig, build_method
 from cats.cli.command import exit_with_sentence
 from cats.files import write_atomically
+from cats.settings import as_record
 from evaluation.eval import Asking, Contender, run_eval
 from evaluation.metrics import ModelShape, identical_answers, mean, summarise
 from evaluation.options import adapters_for, add_model_flags, chosen_memory
@@ -88,7 +89,7 @@ def make_cells(args: argparse.Namespace, methods: dict[str, MethodConfig], templ
         asked = {"bench": bench, "source": source.note.strip(), "question_ids": [question.question_id for question in questions]}
         for label, method in methods.items():
             own = {"adapters": {name: weights[name] for name in build_method(method).adapters}}
-            settings = {**asked, "label": label, "method": {"name": method.name, **dataclasses.asdict(method)}, **model, **own}
+            settings = {**asked, "label": label, "method": as_record(method), **model, **own}
             cell = Cell(bench, label, method, questions, cells_folder(args.output), settings)
             check_settings(cell.settings_file, cell.settings, cell.answers)
             cells.append(cell)

@@ -25,6 +25,7 @@ from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import parse_dtype
 from cats.cli.command import exit_with_sentence
 from cats.cli.progress import live_bar
+from cats.settings import as_record
 from evaluation.chat import Chat
 from evaluation.options import Adapters, adapters_for, add_model_flags, chosen_memory
 from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
@@ -142,7 +143,7 @@ class Comparison:
         return {
             "model": weights_fingerprint(self.args.model_path),
             "adapters": {name: weights_fingerprint(path) for name, (path, _) in self.adapters.items()},
-            "methods": {label: {"name": method.name, **dataclasses.asdict(method)} for label, method in self.methods.items()},
+            "methods": {label: as_record(method) for label, method in self.methods.items()},
             "max_new_tokens": self.args.max_new_tokens,
             "prompts": Path(self.args.prompts).name,
             "dtype": self.args.dtype,

@@ -1,30 +1,17 @@
-"""The flags that evaluation commands share, and what they become: a method's configuration, adapters, generation settings.
+"""The flags that evaluation commands share, and what they become: adapters, memory options, generation settings.
 
-A flag works or is refused. Method flags have no default here: what was not given keeps the method's own default, and what
-was given to a method that has no such setting is an error. The flags follow the fields of the method configurations in
-cats/config.py, so a new method brings its own. Knows no model and no file but by path.
+A flag works or is refused. Those of the methods' settings are in cats/cli/method_flags.py. Knows no model and no file but by path.
 """
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from cats import METHODS, CatsError, GenerationConfig, MemoryOptions, MethodConfig, build_method
+from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig, build_method
 from cats.checkpoint import DTYPES
 from cats.cli.memory_flags import add_memory_flags, memory_options
-from cats.methods import every_setting, flag_of, method_config, settings_of
 
 ADAPTERS = ("draft", "shallow")
-METHOD_HELP = {
-    "steps": "tokens drafted in a round",
-    "threshold": "from the second step on, drafting stops when the best probability falls below this",
-    "tree_topk": "1 is a chain; above, candidates per drafted token",
-    "total_tokens": "nodes of the tree; -1 sizes it to steps * tree-topk + 1",
-    "sv_passes": "rounds of drafting and shallow verification before the target pass",
-    "branch_rounds": "rounds in which the draft continues branches of the tree; the paper's is 1",
-    "max_ngram": "longest n-gram looked up in the text so far",
-    "continuation": "tokens taken from behind the match",
-}
 Adapters = dict[str, tuple[Path, int | None]]
 
 
@@ -39,18 +26,6 @@ def add_model_flags(parser: argparse.ArgumentParser, model_path_required: bool =
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is some, else cpu)")
     add_memory_flags(parser)
     group.add_argument("--template", help="FastChat's name of the chat template, or 'tokenizer' (default: from the model)")
-
-
-def add_method_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per setting of any method; the help names the methods that have it."""
-    group = parser.add_argument_group("method")
-    for name, kind in every_setting().items():
-        users = ", ".join(
-            f"{method} {getattr(config_class(), name)}"
-            for method, (_, config_class) in METHODS.items()
-            if name in settings_of(config_class)
-        )
-        group.add_argument(flag_of(name), type=kind, help=f"{METHOD_HELP.get(name, name)} (default: {users})")
 
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
@@ -73,11 +48,6 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
 def chosen_memory(methods: Iterable[MethodConfig], max_new_tokens: int, args: argparse.Namespace) -> MemoryOptions | None:
     """The memory options that were given, for the largest tree among `methods`; None where none was."""
     return memory_options(args, max_new_tokens, (build_method(method).max_nodes for method in methods))
-
-
-def chosen_method(method: str, args: argparse.Namespace) -> MethodConfig:
-    """The configuration of `method` with the flags that were given; one that does nothing for it raises `CatsError`."""
-    return method_config(method, {name: getattr(args, name) for name in every_setting()})
 
 
 def adapters_for(methods: list[MethodConfig], args: argparse.Namespace) -> Adapters:

@@ -6,6 +6,7 @@ Settings are those of the papers. Knows configurations; knows no model.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from cats import (
     AutoregressiveConfig,
@@ -16,7 +17,7 @@ from cats import (
     MethodConfig,
     PromptLookupConfig,
 )
-from cats.methods import settings_of
+from cats.settings import settings_of
 
 PRESETS: dict[str, MethodConfig] = {
     "autoregressive": AutoregressiveConfig(),
@@ -40,17 +41,17 @@ def parse_preset(text: str) -> tuple[str, MethodConfig]:
         raise CatsError(f"unknown method {name!r}; known are {', '.join(PRESETS)}, changed by NAME:setting=value,... if need be.")
     config = PRESETS[name]
     known = settings_of(type(config))
-    changed: dict[str, int | float] = {}
+    changed: dict[str, Any] = {}
     for change in changes.split(",") if changes else []:
         setting, _, value = change.partition("=")
         setting = setting.replace("-", "_")
         if setting not in known:
             raise CatsError(f"{text!r} sets {setting!r}, which {name} has not; its settings are {', '.join(known) or 'none'}.")
         try:
-            changed[setting] = known[setting](value)
+            changed[setting] = known[setting].parse(value)
         except ValueError as error:
-            raise CatsError(f"{text!r} gives {setting} the value {value!r}; it must be a {known[setting].__name__}.") from error
-    return text, dataclasses.replace(config, **changed)  # type: ignore[arg-type]
+            raise CatsError(f"{text!r} gives {setting} the value {value!r}; it must be {known[setting].wants}.") from error
+    return text, dataclasses.replace(config, **changed)
 
 
 def parse_presets(texts: Sequence[str]) -> dict[str, MethodConfig]:

@@ -20,7 +20,7 @@ LARGEST_FILE = 16 * 2**20
 # A module of cats/ may import from its own rank and from those above it in this list.
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "files", "turns", "families"}),
-    frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping"}),
+    frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings"}),
     frozenset({"rope", "kv_cache", "checkpoint", "linear", "adapter", "earlyexit", "cats_model", "runtime"}),
     frozenset({"state"}),
     frozenset({"methods"}),

@@ -12,6 +12,7 @@ import pytest
 
 from cats import AutoregressiveConfig, CascadeConfig, build_method
 from cats.cli.memory_flags import memory_options
+from cats.cli.method_flags import chosen_method
 from cats.errors import CatsError
 from cats.planning.cost import (
     Work,
@@ -40,7 +41,6 @@ from cats.planning.profile import (
     token_acceptance,
 )
 from evaluation import CATS_dynamic
-from evaluation.options import chosen_method
 from scripts import measure_device
 from scripts import plan as plan_command
 
