@@ -3,7 +3,11 @@
     x = h + SelfAttn(RMSNorm_in(h))        h leaves base layer `exit_layer`
     y = RMSNorm_final(x)                   logits = lm_head(y), the head is the base model's
 
-There is no MLP and no post-attention norm. At Vicuna-7B this is 67.1 M parameters.
+There is no MLP and no post-attention norm. At Vicuna-7B this is 67.1 M parameters. Where the configuration says
+`"adapter_block": "decoder"` the layer is a whole Llama decoder block, as the paper's README has it, with three times the
+bytes and more:
+
+    x = x + MLP(RMSNorm_post(x))           before the final norm
 """
 
 import json
@@ -13,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Cache, LlamaConfig, PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from cats.checkpoint import CONFIG_FAULTS, load_strictly, parse_dtype, read_tensors
 from cats.errors import CatsError
@@ -27,13 +31,21 @@ COPIED_FIELDS = (
 )
 
 
+BLOCK_FIELD, BLOCKS = "adapter_block", ("attention", "decoder")
+"""The field of an adapter's config.json that chooses its layer, and its values; Kangaroo's, the first, where it is missing."""
+
+
 class AdapterLayer(nn.Module):
-    """`x = h + SelfAttn(RMSNorm_in(h))`."""
+    """`x = h + SelfAttn(RMSNorm_in(h))`, and in a decoder block `x + MLP(RMSNorm_post(x))` after it."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.self_attn = LlamaAttention(config, layer_idx=0)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: nn.Module | None = None
+        if block_of(config) == "decoder":
+            self.mlp = LlamaMLP(config)
+            self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -48,7 +60,16 @@ class AdapterLayer(nn.Module):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
         )
-        return hidden_BTD + attended
+        hidden_BTD = hidden_BTD + attended
+        return hidden_BTD if self.mlp is None else hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+
+
+def block_of(config: LlamaConfig) -> str:
+    """Which layer an adapter's configuration asks for; an unknown one raises `CatsError`."""
+    block = getattr(config, BLOCK_FIELD, BLOCKS[0])
+    if block not in BLOCKS:
+        raise CatsError(f"{BLOCK_FIELD} is {block!r} in the adapter's configuration; it must be {' or '.join(BLOCKS)}.")
+    return str(block)
 
 
 class AdapterModel(nn.Module):
@@ -86,8 +107,9 @@ class AdapterModel(nn.Module):
     def compute_in(self, dtype: torch.dtype, work: WorkSpace) -> None:
         """Make the arithmetic `dtype`, as the base's is; matrices stay as they are held."""
         replace_projections(self, work)
-        self.norm.to(dtype)
-        self.layers[0].input_layernorm.to(dtype)
+        for module in self.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.to(dtype)
 
     def forward(
         self,
@@ -107,7 +129,7 @@ class AdapterModel(nn.Module):
         return states
 
     @staticmethod
-    def config_for(base: PretrainedConfig) -> LlamaConfig:
+    def config_for(base: PretrainedConfig, block: str = BLOCKS[0]) -> LlamaConfig:
         """The configuration of a fresh adapter for `base`: same width, heads, rope and epsilon, one layer, no bias.
 
         Raises:
@@ -119,6 +141,8 @@ class AdapterModel(nn.Module):
                 f"wide and has {base.num_attention_heads} heads, so it takes methods without adapters only."
             )
         fields = {name: getattr(base, name) for name in COPIED_FIELDS if getattr(base, name, None) is not None}
+        if block != BLOCKS[0]:
+            fields[BLOCK_FIELD] = block
         return LlamaConfig(num_hidden_layers=1, attention_bias=False, mlp_bias=False, **fields)
 
     @classmethod

@@ -14,7 +14,7 @@ from training.agreement import Agreement, chain_steps, counted_spans
 from training.chat_tokens import load_tokenizer
 from training.dataset import Batch
 from training.frozen_head import FrozenHead
-from training.losses import HeadLoss, predicting_positions, reduced_kl, reduced_target
+from training.losses import Columns, HeadLoss, Target, predicting_positions, reduced_kl, reduced_target, sampled_columns
 from training.objective import Objective
 
 
@@ -56,7 +56,7 @@ def test_the_loss_in_blocks_has_the_value_and_the_gradient_of_the_whole(topk: in
     losses, gradients = [], []
     for blocks in (True, False):
         y = torch.randn(9, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
-        loss = HeadLoss.apply(y, head, target, block) if blocks else reduced_kl(y @ head.T, target)
+        loss = HeadLoss.apply(y, Columns(head), target, block) if blocks else reduced_kl(y @ head.T, target)
         (2 * loss).backward()
         losses.append(loss.detach())
         gradients.append(y.grad)
@@ -64,9 +64,43 @@ def test_the_loss_in_blocks_has_the_value_and_the_gradient_of_the_whole(topk: in
     torch.testing.assert_close(*gradients)
 
 
+def test_a_sampled_normaliser_gives_the_exact_loss_and_gradient_on_average() -> None:
+    torch.manual_seed(0)
+    head, y, target = torch.randn(400, 6), 0.5 * torch.randn(9, 6), reduced_target(2 * torch.randn(9, 400), 3)
+    exact, slope = loss_and_gradient(y, Columns(head), target)
+    draws = [sampled_columns(head, target, 100, seed) for seed in range(300)]
+    assert {len(columns.head_CD) for columns, _ in draws} == {len(torch.unique(reduced_indices(target))) + 100}
+    assert len({float(columns.head_CD.sum()) for columns, _ in draws}) == len(draws)
+    losses, slopes = zip(*(loss_and_gradient(y, columns, moved) for columns, moved in draws), strict=True)
+    assert float(torch.stack(losses).mean()) == pytest.approx(float(exact), rel=0.01)
+    assert float((torch.stack(slopes).mean(0) - slope).norm() / slope.norm()) < 0.05
+
+
+def test_sampling_that_saves_nothing_is_not_done() -> None:
+    head = torch.randn(40, 6)
+    for target, samples in ((reduced_target(torch.randn(9, 40), 0), 10), (reduced_target(torch.randn(9, 40), 3), 0)):
+        columns, same = sampled_columns(head, target, samples, 0)
+        assert columns.head_CD is head
+        assert columns.log_weight_C is None
+        assert same is target
+    assert sampled_columns(head, reduced_target(torch.randn(9, 40), 3), 20, 0)[0].head_CD is head
+
+
+def loss_and_gradient(y: torch.Tensor, columns: Columns, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    y = y.clone().requires_grad_(True)
+    loss = HeadLoss.apply(y, columns, target, 4)
+    (gradient,) = torch.autograd.grad(loss, y)
+    return loss.detach(), gradient
+
+
+def reduced_indices(target: Target) -> torch.Tensor:
+    assert target.indices is not None
+    return target.indices
+
+
 def test_no_position_gives_no_loss_and_no_gradient() -> None:
     y = torch.zeros(0, 6, requires_grad=True)
-    loss = HeadLoss.apply(y, torch.randn(11, 6), reduced_target(torch.zeros(0, 11), 3), 4)
+    loss = HeadLoss.apply(y, Columns(torch.randn(11, 6)), reduced_target(torch.zeros(0, 11), 3), 4)
     loss.backward()
     assert float(loss.detach()) == 0
     assert y.grad is not None
@@ -84,11 +118,11 @@ def test_training_and_validation_have_one_loss(speaking: TinyModel, precision: s
     objective.block = 7
     batch = Batch({1: torch.randn(2, 40, 32)}, torch.randn(2, 40, 32), torch.rand(2, 40) < 0.6)
     counted_BN, logits_PV = objective.target(batch)
-    learning_BN, target = objective.learning_target(batch)
-    assert torch.equal(counted_BN, learning_BN)
+    lesson = objective.learning_target(batch)
+    assert torch.equal(counted_BN, lesson.counted_BN)
     losses = (
         objective.loss(adapter, batch.hidden[1], counted_BN, objective.reduced(logits_PV))[0],
-        objective.learning_loss(adapter, batch.hidden[1], learning_BN, target),
+        objective.learning_loss(adapter, batch.hidden[1], lesson),
     )
     gradients = [torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(adapter.parameters()))]) for loss in losses]
     assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=tolerance)

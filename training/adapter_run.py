@@ -8,7 +8,7 @@ from cats.errors import CatsError
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
-INITS = ("base", "fresh")
+INITS = ("fitted", "fresh", "base")
 # Settings that may change between a killed run and its continuation, because they do not decide the updates.
 FREE = ("hours", "save_minutes", "validation_rows", "drafts")
 
@@ -22,6 +22,7 @@ class AdapterRun:
         rows: rows of one process in one forward; one optimizer step takes rows * accumulate * processes rows.
         length: tokens of a row at most.
         topk: target tokens in the loss; 0 is the whole vocabulary (full KL).
+        samples: tokens drawn for the loss's normaliser beside all target tokens of the batch; 0 sums over the whole vocabulary.
         epochs, steps, hours: the run ends at whichever comes first; 0 means no bound. Steps are optimizer steps.
         warmup: optimizer steps of linear warm-up.
         clip: largest gradient norm of one adapter; 0 switches clipping off.
@@ -43,7 +44,8 @@ class AdapterRun:
     schedule: str = "linear"
     clip: float = 1.0
     precision: str = "fp32"
-    init: str = "base"
+    init: str = "fitted"
+    samples: int = 2048
     packed: bool = True
     every_token: bool = False
     seed: int = 0
@@ -59,7 +61,7 @@ class AdapterRun:
                 raise CatsError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
         if self.length < 2:
             raise CatsError(f"--length must be at least 2, not {self.length}: the first token of a row is never predicted.")
-        for name in ("topk", "epochs", "steps", "hours", "warmup", "clip", "lr", "muon_lr", "weight_decay"):
+        for name in ("topk", "samples", "epochs", "steps", "hours", "warmup", "clip", "lr", "muon_lr", "weight_decay"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise CatsError(f"--{name.replace('_', '-')} must be a number of at least 0, not {getattr(self, name)}.")
         if not (self.epochs or self.steps or self.hours):

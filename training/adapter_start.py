@@ -1,32 +1,54 @@
 """Adapters at the start of training: fresh, taken from the base model's own attention, or given."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 from transformers import LlamaConfig, PretrainedConfig
 
-from cats.adapter import AdapterModel
+from cats.adapter import BLOCKS, AdapterModel
 from cats.checkpoint import CONFIG_FAULTS, read_tensor
 from cats.earlyexit import read_config
 from cats.errors import CatsError
 from cats.families import family_of
+from training.dataset import Batch
+from training.objective import Objective
 
+FITTING_ITERATIONS, FITTING_ROWS = 20, 16
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def fresh_adapter(config: LlamaConfig, exit_layer: int, seed: int) -> AdapterModel:
-    """A random adapter that starts as `y = norm(h)`: the output projection is zero, the other matrices keep variance, norms are one."""
+    """A random adapter that starts as `y = norm(h)`: output projections are zero, the other matrices keep variance, norms are one."""
     adapter = AdapterModel(config, exit_layer)
     generator = torch.Generator().manual_seed(seed * 1000 + exit_layer)
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
-            if "o_proj" in name or name.endswith(".bias"):
+            if "o_proj" in name or "down_proj" in name or name.endswith(".bias"):
                 parameter.zero_()
             elif "norm" not in name:
                 parameter.normal_(std=config.hidden_size**-0.5, generator=generator)
     return adapter
+
+
+def fit_norms(objective: Objective, adapters: Mapping[int, AdapterModel], batch: Batch) -> None:
+    """Fit the final norm's gain of adapters that start as `y = norm(h)`, from 0, where every token is equally likely.
+
+    The loss is convex in the gain, so the start is never worse than chance, however little an early layer's states look
+    like what the head expects. A few L-BFGS iterations on one batch.
+    """
+    lesson = objective.learning_target(batch)
+    for exit_layer, adapter in adapters.items():
+        gain, states_PD = adapter.norm.weight, batch.hidden[exit_layer][lesson.counted_BN].float()
+        unit_PD = functional.rms_norm(states_PD, gain.shape, eps=adapter.norm.variance_epsilon)
+        with torch.no_grad():
+            gain.zero_()
+        optimizer = torch.optim.LBFGS([gain], max_iter=FITTING_ITERATIONS, line_search_fn="strong_wolfe")
+        optimizer.step(partial(objective.gain_loss, unit_PD, gain, lesson))
+        gain.grad = None
 
 
 def adapter_from_base(config: LlamaConfig, exit_layer: int, model_path: str | Path) -> AdapterModel:
@@ -62,15 +84,22 @@ def parts_left_out(base: PretrainedConfig, names: set[str]) -> list[str]:
 
 
 def starting_adapters(
-    model_path: str | Path, exits: Sequence[int], init: str, given: Sequence[str], seed: int, config_path: str | None
+    model_path: str | Path,
+    exits: Sequence[int],
+    init: str,
+    given: Sequence[str],
+    seed: int,
+    config_path: str | None,
+    block: str | None = None,
 ) -> dict[int, AdapterModel]:
     """One float32 adapter per exit, ready to train.
 
     Args:
-        init: "base" or "fresh", where no directories are given.
+        init: "base", "fresh" or "fitted" (fresh; `fit_norms` completes it), where no directories are given.
         given: adapter directories to start from, one per exit in the same order; empty for none.
         config_path: an adapter template (data/*_config.json) instead of the configuration derived from the base; one of
             another width is refused.
+        block: "attention" (where None) or "decoder", see cats/adapter.py; directories and templates bring their own.
     """
     base = read_config(model_path)
     if max(exits) >= base.num_hidden_layers:
@@ -79,7 +108,9 @@ def starting_adapters(
         raise CatsError(f"--init-adapter names {len(given)} directories for {len(exits)} exits; give one per exit, in the same order.")
     if given and config_path is not None:
         raise CatsError("--init-adapter brings its own configuration, so --configpath would do nothing; leave one of them out.")
-    template = None if given else adapter_config(base, config_path)
+    if block is not None and (given or config_path is not None):
+        raise CatsError("--init-adapter and --configpath bring their own kind of block, so --block would do nothing; leave one out.")
+    template = None if given else adapter_config(base, config_path, block or BLOCKS[0])
     if template is not None:
         check_width(template, base, f"the adapter template {config_path}", model_path)
     adapters = {}
@@ -102,14 +133,14 @@ def check_width(config: PretrainedConfig, base: PretrainedConfig, what: str, mod
         raise CatsError(f"{what} is {config.hidden_size} wide, but {model_path} is {base.hidden_size} wide; it belongs to another model.")
 
 
-def adapter_config(base: PretrainedConfig, config_path: str | None) -> LlamaConfig:
+def adapter_config(base: PretrainedConfig, config_path: str | None, block: str) -> LlamaConfig:
     """The configuration of new adapters: derived from the base, or read from a template.
 
     A template is looked for from the current directory, then from the repository's root. One that is missing, unreadable
     or of another kind of model raises `CatsError`.
     """
     if config_path is None:
-        return AdapterModel.config_for(base)
+        return AdapterModel.config_for(base, block)
     path = next((place for place in (Path(config_path), ROOT / config_path) if place.is_file()), None)
     if path is None:
         known = ", ".join(sorted(f"data/{place.name}" for place in (ROOT / "data").glob("*_config.json")))

@@ -120,12 +120,12 @@ class AdapterTrainer:
     def backward(self, rows: np.ndarray, sums: dict[int, torch.Tensor]) -> int:
         """Add the gradients of the summed loss of one micro-batch, exit by exit (so memory does not grow with exits)."""
         batch = self.source.batch(rows)
-        counted_BN, target = self.objective.learning_target(batch)
+        lesson = self.objective.learning_target(batch)
         for exit_layer, adapter in self.adapters.items():
-            loss = self.objective.learning_loss(adapter, batch.hidden[exit_layer], counted_BN, target)
+            loss = self.objective.learning_loss(adapter, batch.hidden[exit_layer], lesson)
             loss.backward()
             sums[exit_layer] += loss.detach()
-        return len(target.probabilities)
+        return len(lesson.target.probabilities)
 
     def across_processes(self, values: list[float]) -> list[float]:
         """Sums of the given numbers over all processes."""

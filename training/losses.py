@@ -5,6 +5,7 @@ token i+1; its target is the base model's distribution at position i; it counts 
 States and targets therefore share one index, and only the mask is shifted.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,28 +47,65 @@ def reduced_kl(logits_PV: torch.Tensor, target: Target) -> torch.Tensor:
     return (logits_PV.logsumexp(-1) - (target.probabilities * picked_Pk).sum(-1)).sum()
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The tokens over which a normaliser is summed: `head_CD` are their rows of the head, `log_weight_C` how many tokens each stands for.
+
+    Without `log_weight_C` every token of the vocabulary is there and stands for itself.
+    """
+
+    head_CD: torch.Tensor
+    log_weight_C: torch.Tensor | None = None
+
+
+def sampled_columns(head_VD: torch.Tensor, target: Target, samples: int, seed: int) -> tuple[Columns, Target]:
+    """All target tokens of a batch, and `samples` of the other tokens, each of which stands for (V - targets) / samples tokens.
+
+    The normaliser that they give is right on average (its logarithm is slightly low, by half its relative variance). Where this
+    would not halve the columns, or the targets are whole distributions, everything stays as it is.
+
+    Returns:
+        the columns, and the target with indices into them.
+    """
+    vocabulary = len(head_VD)
+    if target.indices is None or samples <= 0:
+        return Columns(head_VD), target
+    wanted, places = torch.unique(target.indices, return_inverse=True)
+    if len(wanted) + samples > vocabulary // 2:
+        return Columns(head_VD), target
+    others = torch.ones(vocabulary, dtype=torch.bool)
+    others[wanted.cpu()] = False
+    generator = torch.Generator().manual_seed(seed)
+    drawn = others.nonzero()[:, 0][torch.randperm(vocabulary - len(wanted), generator=generator)[:samples]].to(wanted.device)
+    weight = torch.zeros(len(wanted) + samples, device=wanted.device)
+    weight[len(wanted) :] = math.log((vocabulary - len(wanted)) / samples)
+    return Columns(head_VD[torch.cat([wanted, drawn])], weight), Target(target.probabilities, places)
+
+
 class HeadLoss(torch.autograd.Function):
-    """`reduced_kl` of `y_PD @ head_VD.T`, a block of positions at a time: neither the logits [P, V] nor their gradient are ever whole.
+    """`reduced_kl` of `y_PD @ head.T`, a block of positions at a time: neither the logits [P, V] nor their gradient are ever whole.
 
     The gradient of a sum over positions is known as soon as a block's logits are, so the forward makes it and the
     backward only scales it. The head is frozen and gets none. On a CPU a block's logits stay in the cache.
     """
 
     @staticmethod
-    def forward(ctx: Any, y_PD: torch.Tensor, head_VD: torch.Tensor, target: Target, block: int) -> torch.Tensor:
+    def forward(ctx: Any, y_PD: torch.Tensor, columns: Columns, target: Target, block: int) -> torch.Tensor:
         """The summed loss, a float32 scalar; arithmetic of the matrix products in the head's dtype."""
-        gradient_PD, total = torch.empty_like(y_PD, dtype=head_VD.dtype), torch.zeros((), device=y_PD.device)
+        head_CD = columns.head_CD
+        gradient_PD, total = torch.empty_like(y_PD, dtype=head_CD.dtype), torch.zeros((), device=y_PD.device)
         for start in range(0, len(y_PD), block):
             piece = slice(start, start + block)
-            log_probabilities = torch.log_softmax((y_PD[piece].to(head_VD.dtype) @ head_VD.T).float(), dim=-1)
+            logits_PC = (y_PD[piece].to(head_CD.dtype) @ head_CD.T).float()
             wanted = target.probabilities[piece]
-            if target.indices is None:
-                total -= (wanted * log_probabilities).sum()
-                slope = log_probabilities.exp_().sub_(wanted)
-            else:
-                total -= (wanted * log_probabilities.gather(-1, target.indices[piece])).sum()
-                slope = log_probabilities.exp_().scatter_add_(-1, target.indices[piece], -wanted)
-            torch.mm(slope.to(head_VD.dtype), head_VD, out=gradient_PD[piece])
+            total -= (wanted * (logits_PC if target.indices is None else logits_PC.gather(-1, target.indices[piece]))).sum()
+            if columns.log_weight_C is not None:
+                logits_PC += columns.log_weight_C
+            normaliser_P1 = logits_PC.logsumexp(-1, keepdim=True)
+            total += normaliser_P1.sum()
+            slope = logits_PC.sub_(normaliser_P1).exp_()
+            slope = slope.sub_(wanted) if target.indices is None else slope.scatter_add_(-1, target.indices[piece], -wanted)
+            torch.mm(slope.to(head_CD.dtype), head_CD, out=gradient_PD[piece])
         ctx.save_for_backward(gradient_PD.to(y_PD.dtype))
         return total
 

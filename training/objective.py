@@ -1,15 +1,26 @@
 """The loss of one adapter on one batch: aligned positions, the base's own distribution as target, the chosen arithmetic."""
 
+from dataclasses import dataclass
+
 import torch
 
 from cats.adapter import AdapterModel
 from training.dataset import Batch
 from training.frozen_head import FrozenHead
-from training.losses import HeadLoss, Target, predicting_positions, reduced_kl, reduced_target
+from training.losses import Columns, HeadLoss, Target, predicting_positions, reduced_kl, reduced_target, sampled_columns
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS = {"cpu": 128}  # positions whose logits are made at a time in training
 BLOCK = 2048  # the same on accelerators
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The P positions of a batch that count (a mask [B, N]), the columns of the head that take part, and the target there."""
+
+    counted_BN: torch.Tensor
+    columns: Columns
+    target: Target
 
 
 class Objective:
@@ -21,24 +32,35 @@ class Objective:
     Args:
         topk: target tokens in the loss; 0 keeps the whole vocabulary.
         precision: "fp32", "bf16" or "fp16".
+        samples: tokens drawn for the normaliser of the learning loss, beside all targets of the batch; 0 sums over the vocabulary.
     """
 
-    def __init__(self, head: FrozenHead, topk: int, precision: str):
-        self.head, self.topk, self.half = head, topk, HALVES.get(precision)
+    def __init__(self, head: FrozenHead, topk: int, precision: str, samples: int = 0):
+        self.head, self.topk, self.half, self.samples = head, topk, HALVES.get(precision), samples
         self.block = BLOCKS.get(head.lm_head_VD.device.type, BLOCK)
 
-    def learning_target(self, batch: Batch) -> tuple[torch.Tensor, Target]:
-        """The P positions that count (as a mask [B, N]) and what the adapters learn there; shared by all exits."""
+    def learning_target(self, batch: Batch) -> Lesson:
+        """What the adapters learn from a batch; shared by all exits."""
         counted_BN = predicting_positions(batch.counted_BN)
         pieces = [self.reduced(self.head.target_logits(piece_PD)) for piece_PD in batch.final[counted_BN].split(self.block)]
         probabilities = torch.cat([piece.probabilities for piece in pieces])
         indices = [piece.indices for piece in pieces if piece.indices is not None]
-        return counted_BN, Target(probabilities, torch.cat(indices) if indices else None)
+        target = Target(probabilities, torch.cat(indices) if indices else None)
+        seed = 0 if target.indices is None else int(target.indices.sum())  # from the batch alone: a resumed run draws the same
+        return Lesson(counted_BN, *sampled_columns(self.head.lm_head_VD, target, self.samples, seed))
 
-    def learning_loss(self, adapter: AdapterModel, hidden_BND: torch.Tensor, counted_BN: torch.Tensor, target: Target) -> torch.Tensor:
-        """Summed loss (a scalar) that carries gradients to the adapter; the same as `loss`, in less time and memory."""
-        total: torch.Tensor = HeadLoss.apply(self.states(adapter, hidden_BND)[counted_BN], self.head.lm_head_VD, target, self.block)
+    def learning_loss(self, adapter: AdapterModel, hidden_BND: torch.Tensor, lesson: Lesson) -> torch.Tensor:
+        """Summed loss (a scalar) that carries gradients to the adapter; `loss`, in less time and memory."""
+        states_PD = self.states(adapter, hidden_BND)[lesson.counted_BN]
+        total: torch.Tensor = HeadLoss.apply(states_PD, lesson.columns, lesson.target, self.block)
         return total
+
+    def gain_loss(self, unit_PD: torch.Tensor, gain_D: torch.Tensor, lesson: Lesson) -> torch.Tensor:
+        """Mean loss of `gain_D * unit_PD` in the place of an adapter's outputs at the counted positions, gradient of the gain included."""
+        gain_D.grad = None
+        loss: torch.Tensor = HeadLoss.apply(unit_PD * gain_D, lesson.columns, lesson.target, self.block) / max(1, len(unit_PD))
+        loss.backward()
+        return loss.detach()
 
     def target(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The P positions that count (as a mask [B, N]) and the base's logits there [P, V], for validation."""

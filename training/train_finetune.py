@@ -28,17 +28,18 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from cats.adapter import BLOCKS
 from cats.checkpoint import DTYPES
 from cats.cli.command import exit_with_sentence
 from cats.earlyexit import read_config
 from cats.errors import CatsError
 from training.adapter_run import INITS, OPTIMIZERS, PRECISIONS, SCHEDULES, AdapterRun
-from training.adapter_start import starting_adapters
+from training.adapter_start import FITTING_ROWS, fit_norms, starting_adapters
 from training.adapter_trainer import AdapterTrainer
 from training.base_model import load_base, model_path_of
 from training.chat_tokens import encode_chats, load_tokenizer, renderer_for
 from training.conversations import Conversation, read_sharegpt
-from training.dataset import RowSource, TextSource, token_rows
+from training.dataset import RowSource, TextSource, row_order, token_rows
 from training.frozen_head import FrozenHead
 from training.objective import HALVES, Objective
 from training.provenance import sha256, write_json
@@ -66,7 +67,8 @@ def arguments_parser() -> argparse.ArgumentParser:
     data.add_argument("--every-token", action="store_true", help="learn at every token, not only at answer tokens")
     data.add_argument("--dtype", default=None, help="dtype of the base; default: float32 on CPU, as stored elsewhere")
     start = parser.add_argument_group("start and result")
-    start.add_argument("--init", choices=INITS, help="start from the base's attention and final norm, or at random")
+    start.add_argument("--init", choices=INITS, help="random with a final norm fitted to the exit (default), random, or parts of the base")
+    start.add_argument("--block", choices=BLOCKS, help="the adapter's layer: attention alone (default), or a decoder block with its MLP")
     start.add_argument("--init-adapter", nargs="+", default=[], help="adapter directories to start from, one per exit")
     start.add_argument("--configpath", help="adapter template; default: derived from the base")
     start.add_argument("--outdir", required=True, help="checkpoint, logs and one adapter directory per exit")
@@ -86,6 +88,7 @@ def add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--length", type=int, help="tokens of a row (default 256)")
     group.add_argument("--accumulate", type=int, help="forwards per optimizer step (default 1)")
     group.add_argument("--topk", type=int, help="target tokens in the loss (default 20); 0: full KL")
+    group.add_argument("--samples", type=int, help="tokens drawn for the normaliser beside all targets (default 2048); 0: whole vocabulary")
     group.add_argument("--epochs", type=int)
     group.add_argument("--steps", type=int, help="optimizer steps")
     group.add_argument("--hours", type=float)
@@ -221,13 +224,17 @@ def report_writer(board: SummaryWriter, trainer: AdapterTrainer, arguments: argp
 
 def build_trainer(arguments: argparse.Namespace, run: AdapterRun, accelerator: Accelerator) -> AdapterTrainer:
     """Adapters, data and head put together; an interrupted run is picked up."""
-    adapters = starting_adapters(arguments.model_path, run.exits, run.init, arguments.init_adapter, run.seed, arguments.configpath)
+    start = (run.init, arguments.init_adapter, run.seed, arguments.configpath, arguments.block)
+    adapters = starting_adapters(arguments.model_path, run.exits, *start)
     for adapter in adapters.values():
         adapter.to(accelerator.device)
     source, validation, data = sources_of(arguments, run, accelerator.device)
     head = FrozenHead.read(arguments.model_path, HALVES.get(run.precision, torch.float32), accelerator.device)
-    objective = Objective(head, run.topk, run.precision)
-    return AdapterTrainer(run, adapters, objective, source, validation, accelerator, Path(arguments.outdir), data)
+    objective = Objective(head, run.topk, run.precision, run.samples)
+    trainer = AdapterTrainer(run, adapters, objective, source, validation, accelerator, Path(arguments.outdir), data)
+    if trainer.step == 0 and run.init == "fitted" and not arguments.init_adapter:
+        fit_norms(objective, adapters, source.batch(row_order(len(source), 0, run.seed)[:FITTING_ROWS]))
+    return trainer
 
 
 @exit_with_sentence
