@@ -7,7 +7,8 @@ from functools import cache
 import pytest
 import torch
 
-from tests import speaking_model, tiny_models
+from tests import family_checkpoints, speaking_model, tiny_models
+from tests.family_checkpoints import FamilyCheckpoint
 from tests.tiny_models import FAMILIES, TinyModel
 
 torch.set_num_threads(1)
@@ -34,3 +35,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
 def speaking(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """A random model with adapters, a tokenizer and a chat template, on disk."""
     return speaking_model.build(tmp_path_factory.mktemp("speaking"))
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FamilyCheckpoint]:
+    """Name of a row of `family_checkpoints.PUBLISHED` -> its checkpoint, on disk."""
+
+    @cache
+    def built(name: str) -> FamilyCheckpoint:
+        return family_checkpoints.build(tmp_path_factory.mktemp(name), name)
+
+    return built
