@@ -12,7 +12,7 @@ import cats
 from cats.errors import CatsError
 from tests.chats import write
 from tests.tiny_models import EOS, TinyModel
-from training import ge_data
+from training import ge_data, train_finetune
 from training.chat_tokens import encode_chats, load_tokenizer, renderer_for
 from training.conversations import read_sharegpt
 from training.regenerate import Answerer, Regeneration, appending, collect, regenerate
@@ -84,6 +84,27 @@ def test_the_estimate_is_the_size_on_disk_and_a_full_disk_is_refused(
     assert payload <= sum(path.stat().st_size for path in shards) <= payload + headers
     with pytest.raises(CatsError, match="free"):
         ge_data.check_disk(tmp_path, 10**18)
+
+
+def test_best_tokens_teach_what_final_states_teach(speaking: TinyModel, data: Path, tmp_path: Path) -> None:
+    """The same adapters, up to half precision, from a fraction of the bytes; the estimate knows them; more than is stored is refused."""
+    last = {}
+    for kind, flags in (("final", ()), ("best", ("--targets", "8"))):
+        ge_data.main(arguments(speaking, data, tmp_path / kind, *flags))
+        common = ["--model-path", str(speaking.base), "--data-home", str(tmp_path / kind), "--exit-layers", "1", "--topk", "5", "--cpu"]
+        train_finetune.main([*common, "--rows", "4", "--epochs", "2", "--outdir", str(tmp_path / f"run_{kind}")])
+        last[kind] = json.loads((tmp_path / f"run_{kind}" / "training_log.json").read_text())
+    losses = {kind: [step["loss"]["1"] for step in log["steps"]] for kind, log in last.items()}
+    assert losses["best"] == pytest.approx(losses["final"], rel=2e-3)
+    tops = {kind: log["reports"][-1]["validation"]["1"]["top1"] for kind, log in last.items()}
+    assert tops["best"] == pytest.approx(tops["final"], abs=0.02)
+    shards = list((tmp_path / "best").rglob("*.safetensors"))
+    lengths = np.concatenate([load_file(path)["lengths"].numpy() for path in shards])
+    payload = ge_data.bytes_of(int(lengths.sum()), len(lengths), 32, 2, torch.float16, 8)
+    assert payload <= sum(path.stat().st_size for path in shards) <= payload + 1024 * len(shards)
+    with pytest.raises(SystemExit) as refused:
+        train_finetune.main([*common, "--rows", "4", "--epochs", "2", "--outdir", str(tmp_path / "more"), "--topk", "9"])
+    assert refused.value.code == 2
 
 
 def test_other_flags_in_the_same_folder_are_refused(

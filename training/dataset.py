@@ -18,15 +18,32 @@ from training.chat_tokens import ChatTokens
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B rows of up to N positions: `hidden` per exit layer [B, N, D], `final` (last layer, before the final norm) [B, N, D].
+class BestTokens:
+    """The base's K most likely next tokens `indices` [.., K] and their probabilities [.., K], best first; 0 where nothing is predicted."""
 
-    `counted_BN` is true where the token counts in the loss: answer tokens, or all tokens; never padding.
+    probabilities: torch.Tensor
+    indices: torch.Tensor
+
+    def logits(self, vocabulary: int) -> torch.Tensor:
+        """Logits [.., V] of these probabilities, with what is left spread evenly over the other tokens."""
+        kept = self.probabilities.float()
+        rest = (1 - kept.sum(-1, keepdim=True)).clamp(min=1e-6) / max(1, vocabulary - kept.shape[-1])
+        return rest.log().expand(*kept.shape[:-1], vocabulary).scatter(-1, self.indices.long(), kept.log())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of up to N positions: `hidden` per exit layer [B, N, D], and what the base makes of them.
+
+    That is `final`, the states that leave the last layer, before the final norm [B, N, D], or where it is None `best`, its
+    most likely tokens [B, N, K]. `counted_BN` is true where the token counts in the loss: answer tokens, or all tokens; never
+    padding.
     """
 
     hidden: dict[int, torch.Tensor]
-    final: torch.Tensor
+    final: torch.Tensor | None
     counted_BN: torch.Tensor
+    best: BestTokens | None = None
 
 
 class RowSource(Protocol):

@@ -39,7 +39,7 @@ from training.conversations import Conversation, Renderer, read_sharegpt
 from training.dataset import TextSource, TokenRows, token_rows
 from training.provenance import agree, sha256, write_json
 from training.regenerate import RESULT, Answerer, Regeneration, collect, regenerate
-from training.stored_states import DESCRIPTION, read_lengths, shard_path, write_shard
+from training.stored_states import DESCRIPTION, read_lengths, shard_path, with_best_tokens, write_shard
 
 PAPER_DATA = "ShareGPT_V4.3_unfiltered_cleaned_split.json"
 STORE_DTYPES = ("float16", "bfloat16", "float32")
@@ -63,6 +63,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shard-rows", type=int, default=16, help="rows in one shard, which is also one forward")
     parser.add_argument("--dtype", help="dtype of the base; default: float32 on CPU, as stored elsewhere")
     parser.add_argument("--store-dtype", choices=STORE_DTYPES, default="float16")
+    parser.add_argument("--targets", type=int, default=0, help="store this many best tokens of the base in the place of its final states")
     parser.add_argument("--dry-run", action="store_true", help="print the estimate and stop")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where an accelerator is present")
     written = parser.add_argument_group("answers written by the model")
@@ -104,22 +105,26 @@ def is_finished(path: Path) -> bool:
     return True
 
 
-def bytes_of(tokens: int, rows: int, width: int, exits: int, dtype: torch.dtype) -> int:
-    """Size of stored rows: states of every exit and of the last layer, an int32 id and a mask byte per token, an int64 length per row."""
-    return tokens * ((exits + 1) * width * dtype.itemsize + 5) + 8 * rows
+def bytes_of(tokens: int, rows: int, width: int, exits: int, dtype: torch.dtype, targets: int = 0) -> int:
+    """Size of stored rows: states of every exit and of the last layer, an int32 id and a mask byte per token, an int64 length per row.
+
+    In the place of the last layer's states there may be `targets` tokens, an int32 and a float16 each.
+    """
+    state = width * dtype.itemsize
+    return tokens * (exits * state + (6 * targets or state) + 5) + 8 * rows
 
 
-def estimate(source: TextSource, open_shards: list[np.ndarray], dtype: torch.dtype, processes: int) -> Estimate:
+def estimate(source: TextSource, open_shards: list[np.ndarray], dtype: torch.dtype, targets: int, processes: int) -> Estimate:
     """Tokens, bytes and seconds of the shards still to be made; the time comes from one forward of one row."""
     tokens = sum(int(source.rows.lengths[rows].sum()) for rows in open_shards)
     count = sum(len(rows) for rows in open_shards)
-    size = bytes_of(tokens, count, source.base.config.hidden_size, len(source.exits), dtype)
+    size = bytes_of(tokens, count, source.base.config.hidden_size, len(source.exits), dtype, targets)
     if not open_shards:
         return Estimate(0, 0, 0.0)
     trial = open_shards[0][:1]
     source.batch(trial)  # the first forward also pays for warming up
     started = time.monotonic()
-    float(source.batch(trial).final.sum())
+    float(next(iter(source.batch(trial).hidden.values())).sum())
     rate = int(source.rows.lengths[trial].sum()) / max(1e-9, time.monotonic() - started)
     return Estimate(tokens, size, tokens / rate / processes)
 
@@ -139,7 +144,7 @@ def make_shards(source: TextSource, arguments: argparse.Namespace, accelerator: 
     dtype = DTYPES[arguments.store_dtype]
     shards = shards_of(source.rows, arguments.shard_rows)
     open_numbers = [number for number in range(len(shards)) if not is_finished(shard_path(directory, number))]
-    needed = estimate(source, [shards[number] for number in open_numbers], dtype, accelerator.num_processes)
+    needed = estimate(source, [shards[number] for number in open_numbers], dtype, arguments.targets, accelerator.num_processes)
     if accelerator.is_main_process:
         done = len(shards) - len(open_numbers)
         print(f"{len(source):,} rows in {len(shards):,} shards ({done:,} finished); still needed: {needed}", flush=True)
@@ -149,7 +154,10 @@ def make_shards(source: TextSource, arguments: argparse.Namespace, accelerator: 
         return
     mine = open_numbers[accelerator.process_index :: accelerator.num_processes]
     for number in live_bar(mine, desc="store states", unit="shard", disable=not accelerator.is_main_process):
-        write_shard(shard_path(directory, number), source.rows, shards[number], source.batch(shards[number]), dtype)
+        batch = source.batch(shards[number])
+        if arguments.targets:
+            batch = with_best_tokens(batch, source.base.target_logits, arguments.targets)
+        write_shard(shard_path(directory, number), source.rows, shards[number], batch, dtype)
     accelerator.wait_for_everyone()
 
 
@@ -157,6 +165,8 @@ def check_arguments(arguments: argparse.Namespace, layers: int) -> None:
     """Refuse contradictions before anything is loaded or written."""
     if arguments.text_only and not arguments.regenerate:
         raise CatsError("--text-only stores nothing unless --regenerate writes new answers; give both or neither.")
+    if arguments.targets < 0:
+        raise CatsError(f"--targets {arguments.targets} must be 0 (store final states) or the number of tokens to keep, 20 for example.")
     if arguments.shard_rows < 1 or arguments.length < 2:
         raise CatsError(f"--shard-rows {arguments.shard_rows} must be at least 1 and --length {arguments.length} at least 2.")
     if min(arguments.exit_layers) < 1 or max(arguments.exit_layers) >= layers:
@@ -184,7 +194,8 @@ def provenance(arguments: argparse.Namespace, base: EarlyExitLlamaForCausalLM) -
 def states_description(arguments: argparse.Namespace, base: EarlyExitLlamaForCausalLM) -> dict[str, object]:
     """What the shards are made from, as `states.json` keeps it."""
     names = ("length", "rows_from", "every_token", "shard_rows", "store_dtype")
-    return provenance(arguments, base) | {name: getattr(arguments, name) for name in names} | {"exits": sorted(set(arguments.exit_layers))}
+    chosen = {"exits": sorted(set(arguments.exit_layers))} | ({"targets": arguments.targets} if arguments.targets else {})
+    return provenance(arguments, base) | {name: getattr(arguments, name) for name in names} | chosen
 
 
 def own_answers(

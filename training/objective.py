@@ -5,13 +5,21 @@ from dataclasses import dataclass
 import torch
 
 from cats.adapter import AdapterModel
-from training.dataset import Batch
+from cats.errors import CatsError
+from training.dataset import Batch, BestTokens
 from training.frozen_head import FrozenHead
 from training.losses import Columns, HeadLoss, Target, predicting_positions, reduced_kl, reduced_target, sampled_columns
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS = {"cpu": 128}  # positions whose logits are made at a time in training
 BLOCK = 2048  # the same on accelerators
+
+
+def stored_best(batch: Batch) -> BestTokens:
+    """The best tokens of a batch that has no final states."""
+    if batch.best is None:
+        raise ValueError("a batch needs final states or best tokens")
+    return batch.best
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,26 @@ class Objective:
     def learning_target(self, batch: Batch) -> Lesson:
         """What the adapters learn from a batch; shared by all exits."""
         counted_BN = predicting_positions(batch.counted_BN)
-        pieces = [self.reduced(self.head.target_logits(piece_PD)) for piece_PD in batch.final[counted_BN].split(self.block)]
-        probabilities = torch.cat([piece.probabilities for piece in pieces])
-        indices = [piece.indices for piece in pieces if piece.indices is not None]
-        target = Target(probabilities, torch.cat(indices) if indices else None)
+        target = self.from_states(batch.final[counted_BN]) if batch.final is not None else self.from_best(batch, counted_BN)
         seed = 0 if target.indices is None else int(target.indices.sum())  # from the batch alone: a resumed run draws the same
         return Lesson(counted_BN, *sampled_columns(self.head.lm_head_VD, target, self.samples, seed))
+
+    def from_states(self, final_PD: torch.Tensor) -> Target:
+        """The distribution to learn at P positions; their logits are made a block at a time."""
+        pieces = [self.reduced(self.head.target_logits(piece_PD)) for piece_PD in final_PD.split(self.block)]
+        indices = [piece.indices for piece in pieces if piece.indices is not None]
+        return Target(torch.cat([piece.probabilities for piece in pieces]), torch.cat(indices) if indices else None)
+
+    def from_best(self, batch: Batch, counted_BN: torch.Tensor) -> Target:
+        """The same from stored probabilities of the best tokens; no head is needed."""
+        best = stored_best(batch)
+        if not 0 < self.topk <= best.indices.shape[-1]:
+            raise CatsError(
+                f"the stored states hold the {best.indices.shape[-1]} best tokens of each position, and --topk {self.topk} asks for "
+                f"{self.topk or 'all'}; lower --topk, or run ge_data with more --targets."
+            )
+        kept = best.probabilities[counted_BN][:, : self.topk].float()
+        return Target(kept / kept.sum(-1, keepdim=True), best.indices[counted_BN][:, : self.topk].long())
 
     def learning_loss(self, adapter: AdapterModel, hidden_BND: torch.Tensor, lesson: Lesson) -> torch.Tensor:
         """Summed loss (a scalar) that carries gradients to the adapter; `loss`, in less time and memory."""
@@ -65,7 +87,11 @@ class Objective:
     def target(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The P positions that count (as a mask [B, N]) and the base's logits there [P, V], for validation."""
         counted_BN = predicting_positions(batch.counted_BN)
-        return counted_BN, self.head.target_logits(batch.final[counted_BN])
+        if batch.final is not None:
+            return counted_BN, self.head.target_logits(batch.final[counted_BN])
+        best = stored_best(batch)
+        chosen = BestTokens(best.probabilities[counted_BN], best.indices[counted_BN])
+        return counted_BN, chosen.logits(len(self.head.lm_head_VD))
 
     def reduced(self, target_logits_PV: torch.Tensor) -> Target:
         """The distribution that the adapters learn."""
