@@ -147,12 +147,18 @@ def test_a_width_that_is_no_multiple_of_the_heads_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("qwen2", r"q_proj\.bias.*v_proj\.bias"), ("qwen3", r"q_norm\.weight, .*k_norm"), ("llama-biases", r"o_proj\.bias")]
+    ("name", "block", "parts"),
+    [
+        ("qwen2", "attention", r"q_proj\.bias, self_attn\.k_proj\.bias, self_attn\.v_proj\.bias, which"),
+        ("qwen3", "decoder", r"self_attn\.q_norm\.weight, self_attn\.k_norm\.weight, which"),
+        ("llama-biases", "attention", r"self_attn\.o_proj\.bias, which"),
+        ("llama-biases", "decoder", r"self_attn\.o_proj\.bias, mlp.*down_proj\.bias, which"),
+    ],
 )
-def test_attention_with_more_parts_than_the_adapters_is_no_start(tiny: Tiny, name: str, part: str) -> None:
-    with pytest.raises(cats.CatsError, match=f"{part}.*--init fresh"):
-        starting_adapters(tiny(name).base, [1], "base", [], 0, None)
-    assert starting_adapters(tiny(name).base, [1], "fresh", [], 0, None)[1].exit_layer == 1
+def test_a_layer_with_more_parts_than_the_adapters_is_no_start(tiny: Tiny, name: str, block: str, parts: str) -> None:
+    with pytest.raises(cats.CatsError, match=f"{parts}.*--init fitted or --init fresh"):
+        starting_adapters(tiny(name).base, [1], "base", [], 0, None, block)
+    assert starting_adapters(tiny(name).base, [1], "fresh", [], 0, None, block)[1].exit_layer == 1
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "llama-rope-llama3", "mistral"])

@@ -101,7 +101,7 @@ def test_training(published: Published, name: str, tmp_path: Path, monkeypatch: 
         return encode(*arguments)
 
     monkeypatch.setattr(train_finetune, "encode_chats", noted)
-    fixed = ["--model-path", str(checkpoint.tiny.base), "--data-path", str(talks(tmp_path)), "--exit-layers", "1", "3", "--init", "fresh"]
+    fixed = ["--model-path", str(checkpoint.tiny.base), "--data-path", str(talks(tmp_path)), "--exit-layers", "1", "3"]
     small = ["--steps", "2", "--rows", "2", "--length", "64", "--warmup", "1", "--validation-rows", "2", "--cpu"]
     train_finetune.main([*fixed, *small, "--outdir", str(tmp_path / "out")])
     assert AdapterModel.from_pretrained(tmp_path / "out" / "exit3").exit_layer == 3

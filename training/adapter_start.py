@@ -61,7 +61,7 @@ def adapter_from_base(config: LlamaConfig, exit_layer: int, model_path: str | Pa
     if left_out:
         raise CatsError(
             f"the layers of {model_path} have {', '.join(left_out)}, which the block of an adapter does not have, so it cannot start as "
-            "one of them; start at random with --init fresh."
+            "one of them; start with --init fitted or --init fresh."
         )
     places = {name: f"model.{name.replace('layers.0', f'layers.{exit_layer}')}" for name in adapter.state_dict()}
     tensors = {name: read_tensor(model_path, place).float() for name, place in places.items()}
