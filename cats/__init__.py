@@ -1,34 +1,56 @@
-"""CATS: cascaded adaptive tree speculation for models that do not fit in memory. Public names."""
+"""CATS: cascaded adaptive tree speculation for models that do not fit in memory. Public names, each imported when it is first used."""
 
-from cats.cats_model import MultiAdapterCATSModel
-from cats.config import (
-    AutoregressiveConfig,
-    CascadeConfig,
-    EagleSelfConfig,
-    GenerationConfig,
-    KangarooConfig,
-    MemoryOptions,
-    MethodConfig,
-    PromptLookupConfig,
-)
-from cats.engine import Generation, Step, generate, stream
-from cats.errors import CatsError
-from cats.methods import METHODS, build_method
-from cats.stopping import StopStrings
+import importlib
+from typing import TYPE_CHECKING, Any
 
-load = MultiAdapterCATSModel.from_pretrained
+if TYPE_CHECKING:
+    from cats.api import Answer, CatsModel, generate, load, stream
+    from cats.cats_model import MultiAdapterCATSModel
+    from cats.config import (
+        AutoregressiveConfig,
+        CascadeConfig,
+        EagleSelfConfig,
+        GenerationConfig,
+        KangarooConfig,
+        MemoryOptions,
+        MethodConfig,
+        PromptLookupConfig,
+    )
+    from cats.engine import Generation, Step
+    from cats.errors import CatsError
+    from cats.methods import METHODS, build_method
+    from cats.stopping import StopStrings
+    from cats.text import ModelText
+
+_HOMES = {
+    "api": ("Answer", "CatsModel", "generate", "load", "stream"),
+    "cats_model": ("MultiAdapterCATSModel",),
+    "config": (
+        *("AutoregressiveConfig", "CascadeConfig", "EagleSelfConfig", "GenerationConfig", "KangarooConfig"),
+        *("MemoryOptions", "MethodConfig", "PromptLookupConfig"),
+    ),
+    "engine": ("Generation", "Step"),
+    "errors": ("CatsError",),
+    "methods": ("METHODS", "build_method"),
+    "stopping": ("StopStrings",),
+    "text": ("ModelText",),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "METHODS",
+    "Answer",
     "AutoregressiveConfig",
     "CascadeConfig",
     "CatsError",
+    "CatsModel",
     "EagleSelfConfig",
     "Generation",
     "GenerationConfig",
     "KangarooConfig",
     "MemoryOptions",
     "MethodConfig",
+    "ModelText",
     "MultiAdapterCATSModel",
     "PromptLookupConfig",
     "Step",
@@ -38,3 +60,15 @@ __all__ = [
     "load",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"cats.{_MODULE_OF[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
@@ -20,7 +21,10 @@ class MultiAdapterCATSModel(nn.Module):
     Attributes:
         base: the target model.
         adapters: name -> adapter; "draft" and "shallow" are the names that the methods ask for.
+        end_token_ids: the tokens that end an answer; None where the model does not know.
     """
+
+    end_token_ids: tuple[int, ...] | None = None
 
     def __init__(self, base: EarlyExitLlamaForCausalLM):
         super().__init__()
@@ -35,7 +39,7 @@ class MultiAdapterCATSModel(nn.Module):
         dtype: str = "auto",
         device: str | torch.device = "cpu",
         memory: MemoryOptions | None = None,
-    ) -> "MultiAdapterCATSModel":
+    ) -> Self:
         """Load a base checkpoint and adapters `{name: (directory, exit layer or None)}` in one dtype on one device.
 
         Args:

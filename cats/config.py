@@ -22,7 +22,7 @@ class GenerationConfig:
         top_p, top_k: truncation of the target's distribution for sampling; 1.0 and 0 switch it off.
         typical_tau, typical_alpha: both above 0 choose typical acceptance (relaxed; Medusa uses 0.09 and 0.3).
         seed: of the sampler.
-        eos_token_ids: the answer ends after any of these.
+        eos_token_ids: the answer ends after any of these; None: those of the model, () none.
     """
 
     max_new_tokens: int = 1024
@@ -32,7 +32,7 @@ class GenerationConfig:
     typical_tau: float = 0.0
     typical_alpha: float = 0.0
     seed: int = 0
-    eos_token_ids: tuple[int, ...] = (2,)
+    eos_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, f"max-new-tokens is {self.max_new_tokens}; it must be at least 1.")

@@ -5,10 +5,10 @@ Token ids in, token ids out: no tokenizer, no text.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from cats.acceptance import Acceptance, Verdict, build_acceptance
 from cats.cats_model import MultiAdapterCATSModel
@@ -17,6 +17,9 @@ from cats.errors import CatsError, ContractError
 from cats.methods.base import Method
 from cats.state import Cycle, DecodeState
 from cats.trace import Confusion, StepTrace
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
 
 Stop = Callable[[list[int], int], int | None]
 
@@ -51,7 +54,7 @@ class Limits:
     """When an answer ends: after an EOS token, at its length, at the end of the context, or where `stop` says."""
 
     def __init__(self, config: GenerationConfig, prompt: int, context: int, stop: Stop | None):
-        self.eos, self.stop, self.prompt = set(config.eos_token_ids), stop, prompt
+        self.eos, self.stop, self.prompt = set(config.eos_token_ids or ()), stop, prompt
         self.room = min(config.max_new_tokens, context - prompt)
         self.at_end = "length" if self.room == config.max_new_tokens else "context"
 
@@ -160,6 +163,15 @@ def trace_of(cycle: Cycle, nodes: Sequence[int], verdict: Verdict, keep: int) ->
     )
 
 
+def with_end_tokens(config: GenerationConfig, model: MultiAdapterCATSModel) -> GenerationConfig:
+    """`config` with the model's own end tokens where it names none."""
+    if config.eos_token_ids is not None:
+        return config
+    if model.end_token_ids is None:
+        raise CatsError("this model does not know what ends an answer; set eos_token_ids in the GenerationConfig, () for no end token.")
+    return replace(config, eos_token_ids=model.end_token_ids)
+
+
 @torch.inference_mode()
 def stream(
     model: MultiAdapterCATSModel,
@@ -192,7 +204,7 @@ def stream(
         len(prompt_ids) < context,
         f"the prompt has {len(prompt_ids)} tokens and the model's context holds {context}, the answer included; shorten the prompt.",
     )
-    limits = Limits(config, len(prompt_ids), context, stop)
+    limits = Limits(with_end_tokens(config, model), len(prompt_ids), context, stop)
     acceptance = acceptance or build_acceptance(config, model.base.device)
     turns = model.base.turns
     with turns.answer() as place:
@@ -213,7 +225,7 @@ def generate(
     method: Method,
     config: GenerationConfig,
     *,
-    streamer: BaseStreamer | None = None,
+    streamer: "BaseStreamer | None" = None,
     stop: Stop | None = None,
     acceptance: Acceptance | None = None,
     on_step: Callable[[StepTrace], object] | None = None,

@@ -43,7 +43,7 @@ from cats import (
 from cats.cli.command import exit_with_sentence
 from cats.cli.method_flags import add_method_flags, chosen_method
 from cats.settings import as_record
-from evaluation.chat import Chat
+from cats.text import ModelText
 from evaluation.eval import Asking, Contender, Forward, run_eval
 from evaluation.live_view import LiveView, check_trace_place
 from evaluation.metrics import compare, summarise
@@ -58,7 +58,7 @@ from evaluation.options import (
 from evaluation.processes import Processes, choose_device, start_processes
 from evaluation.questions import Question, QuestionFile, read_questions, resolve_bench, select_questions
 from evaluation.record_file import check_settings, read_records, write_json
-from evaluation.subject import Subject, load_chat, load_subject, weights_fingerprint
+from evaluation.subject import Subject, load_subject, load_text, weights_fingerprint
 from evaluation.timing import environment
 
 __all__ = ["MultiAdapterCATSModel", "cats_forward_hybrid_evaluation", "main"]
@@ -85,7 +85,7 @@ class Plan:
     questions: list[Question]
     source: QuestionFile
     output: Path
-    chat: Chat
+    text: ModelText
     settings: dict[str, Any]
 
     def answers(self, run: int) -> Path:
@@ -152,11 +152,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         check_trace_place(args.trace_file)
     source = QuestionFile(Path(args.question_file)) if args.question_file else resolve_bench(args.bench_name)
     questions = select_questions(read_questions(source.path), args.question_begin, args.question_end)
-    chat = load_chat(args.model_path, args.template)
-    settings = run_settings(args, method, adapters, config, source.path, chat)
+    text = load_text(args.model_path, args.template)
+    settings = run_settings(args, method, adapters, config, source.path, text)
     if memory is not None:
         settings["memory"] = dataclasses.asdict(memory)
-    plan = Plan(args, method, adapters, config, memory, questions, source, output, chat, settings)
+    plan = Plan(args, method, adapters, config, memory, questions, source, output, text, settings)
     for run in range(args.num_runs):
         check_settings(plan.settings_file(run), plan.settings_of(run), plan.answers(run))
     return plan
@@ -179,7 +179,7 @@ def output_directory(args: argparse.Namespace) -> Path:
 
 
 def run_settings(
-    args: argparse.Namespace, method: MethodConfig, adapters: Adapters, config: GenerationConfig, questions: Path, chat: Chat
+    args: argparse.Namespace, method: MethodConfig, adapters: Adapters, config: GenerationConfig, questions: Path, text: ModelText
 ) -> dict[str, Any]:
     """Everything that decides an answer; a resumed run must have the same."""
     return {
@@ -192,7 +192,7 @@ def run_settings(
         "generation": {name: value for name, value in dataclasses.asdict(config).items() if name != "eos_token_ids"},
         "dtype": args.dtype,
         "device": choose_device(args.device).type,
-        "template": chat.template,
+        "template": text.template,
         "questions": {"file": questions.name, "sha256": hashlib.sha256(questions.read_bytes()).hexdigest()},
         "baseline": args.baseline,
     }
@@ -206,8 +206,7 @@ def answer_all(plan: Plan, subject: Subject, processes: Processes) -> None:
         if plan.args.baseline:
             plain = forward_of(subject, AutoregressiveConfig(), view)
             contenders.append(Contender(f"{plan.args.model_id}.baseline", plain, plan.baseline(run)))
-        config = dataclasses.replace(plan.config, eos_token_ids=subject.eos_token_ids)
-        asking = Asking(subject.chat, config, plan.args.seed, run, plan.args.keep_going, view)
+        asking = Asking(subject.text, plan.config, plan.args.seed, run, plan.args.keep_going, view)
         run_eval(contenders, plan.questions, asking, processes, on_start=functools.partial(plan.write_settings, run))
 
 
@@ -266,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes, device = start_processes(choose_device(plan.args.device))
     if processes.is_main_process:
         sys.stderr.write(f"{len(plan.questions)} questions of {plan.source.description}\n")
-    subject = load_subject(plan.args.model_path, plan.adapters, plan.chat, plan.args.dtype, device, plan.memory)
+    subject = load_subject(plan.args.model_path, plan.adapters, plan.text, plan.args.dtype, device, plan.memory)
     if plan.args.ledger and processes.is_main_process:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
     if not plan.args.keep_going:

@@ -33,7 +33,7 @@ from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
 from evaluation.processes import Processes, choose_device, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
 from evaluation.record_file import Record, check_settings, read_records, write_json
-from evaluation.subject import Subject, load_chat, load_subject, weights_fingerprint
+from evaluation.subject import Subject, load_subject, load_text, weights_fingerprint
 from evaluation.timing import environment
 
 PLAIN = "autoregressive"
@@ -102,7 +102,7 @@ def fill(cell: Cell, subject: Subject, config: GenerationConfig, processes: Proc
     run_eval(
         [contender],
         cell.questions,
-        Asking(subject.chat, config),
+        Asking(subject.text, config),
         processes,
         on_start=lambda: cell.write_settings(subject.shape(cell.method)),
     )
@@ -220,15 +220,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise CatsError(f"--every is {args.every}; it must be at least 1.")
         methods = parse_presets(args.methods)
         config = GenerationConfig(max_new_tokens=args.max_new_tokens)
-        chat = load_chat(args.model_path, args.template)
-        cells = make_cells(args, methods, chat.template)
+        text = load_text(args.model_path, args.template)
+        cells = make_cells(args, methods, text.template)
         processes, device = start_processes(choose_device(args.device))
         memory = chosen_memory(methods.values(), args.max_new_tokens, args)
-        subject = load_subject(args.model_path, adapters_for(list(methods.values()), args), chat, args.dtype, device, memory)
+        subject = load_subject(args.model_path, adapters_for(list(methods.values()), args), text, args.dtype, device, memory)
         if args.ledger and processes.is_main_process:
             sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
         subject.check_prompts([question for cell in cells for question in cell.questions])
-        config = dataclasses.replace(config, eos_token_ids=subject.eos_token_ids)
         for cell in cells:
             fill(cell, subject, config, processes)
         if not processes.is_main_process:

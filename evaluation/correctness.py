@@ -26,13 +26,13 @@ from cats.checkpoint import parse_dtype
 from cats.cli.command import exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.settings import as_record
-from evaluation.chat import Chat
+from cats.text import ModelText
 from evaluation.options import Adapters, adapters_for, add_model_flags, chosen_memory
 from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
 from evaluation.processes import Processes, choose_device, own_share, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
-from evaluation.subject import Subject, load_chat, load_subject, weights_fingerprint
+from evaluation.subject import Subject, load_subject, load_text, weights_fingerprint
 from evaluation.timing import environment
 from training.conversations import read_sharegpt
 
@@ -92,7 +92,7 @@ def compare_prompt(
     differences: list[dict[str, Any]] = []
     for label, method in methods.items():
         for length in lengths:
-            config = GenerationConfig(max_new_tokens=length, eos_token_ids=subject.eos_token_ids)
+            config = GenerationConfig(max_new_tokens=length)
             found = subject.answer(prompt_ids, method, config).ids
             differing = first_difference(longest[:length], found)
             if differing is not None:
@@ -134,7 +134,7 @@ class Comparison:
     adapters: Adapters
     memory: MemoryOptions | None
     prompts: list[Question]
-    chat: Chat
+    text: ModelText
     records: Path
 
     @property
@@ -147,7 +147,7 @@ class Comparison:
             "max_new_tokens": self.args.max_new_tokens,
             "prompts": Path(self.args.prompts).name,
             "dtype": self.args.dtype,
-            "template": self.chat.template,
+            "template": self.text.template,
             "seed": None,
         } | ({} if self.memory is None else {"memory": dataclasses.asdict(self.memory)})
 
@@ -168,25 +168,25 @@ def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
     prompts = select_questions(read_prompts(args.prompts), 0, args.limit)
     records = (args.output or folder / "correctness.json").with_suffix(".records.jsonl")
     memory = chosen_memory(methods.values(), max(args.max_new_tokens), args)
-    comparison = Comparison(args, methods, adapters, memory, prompts, load_chat(args.model_path, args.template), records)
+    comparison = Comparison(args, methods, adapters, memory, prompts, load_text(args.model_path, args.template), records)
     check_settings(comparison.settings_file, comparison.settings, records)
     return comparison
 
 
 def compare_all(comparison: Comparison, processes: Processes, device: torch.device) -> None:
     """One record per prompt that has none yet, shared among the processes."""
-    args, chat = comparison.args, comparison.chat
-    subject = load_subject(args.model_path, comparison.adapters, chat, args.dtype, device, comparison.memory)
+    args, text = comparison.args, comparison.text
+    subject = load_subject(args.model_path, comparison.adapters, text, args.dtype, device, comparison.memory)
     if args.ledger and processes.is_main_process:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
-    reference = Reference(args.model_path, args.dtype, device, subject.eos_token_ids)
+    reference = Reference(args.model_path, args.dtype, device, subject.text.end_token_ids)
     done = {record["question_id"] for record in read_records(comparison.records)}
     waiting = [prompt for prompt in comparison.prompts if prompt.question_id not in done]
     processes.wait_for_everyone()
     if processes.is_main_process and not done:
         write_json(comparison.settings_file, {"settings": comparison.settings})
     for prompt in live_bar(own_share(waiting, processes), desc="prompts", unit="prompt", disable=not processes.is_main_process):
-        prompt_ids = chat.prompt_ids(prompt.turns[:1], ())
+        prompt_ids = text.prompt_ids(prompt.turns[0])
         outcome = compare_prompt(subject, reference, prompt_ids, comparison.methods, args.max_new_tokens)
         append_record(comparison.records, {"question_id": prompt.question_id, **outcome})
     processes.wait_for_everyone()

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from cats import CatsError, Generation, GenerationConfig
 from cats.cli.progress import live_bar
+from cats.text import Message
 from cats.trace import StepTrace
 from evaluation.processes import OneProcess, Processes, own_share
 from evaluation.questions import Question, QuestionId
@@ -32,13 +33,13 @@ STEP_VALUES = ("nodes", "accepted", "committed", "shallow_accepted", "layer_pass
 
 
 class Dialogue(Protocol):
-    """Prompts and texts of a conversation; `evaluation.chat.Chat` is one."""
+    """Prompts and texts of a conversation; `cats.ModelText` is one."""
 
-    def prompt_ids(self, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
-        """Ids that ask for the answer to the last of `turns`."""
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids that ask for the answer to the last of `messages`."""
         ...
 
-    def text(self, ids: Sequence[int]) -> str:
+    def answer(self, ids: Sequence[int]) -> str:
         """Answer ids as text."""
         ...
 
@@ -142,7 +143,7 @@ def ask(contender: Contender, question: Question, asking: Asking) -> Record:
     turns: list[tuple[Generation, float]] = []
     try:
         for turn in range(len(question.turns)):
-            prompt_ids = asking.dialogue.prompt_ids(question.turns[: turn + 1], answers)
+            prompt_ids = asking.dialogue.prompt_ids(conversation(question.turns[: turn + 1], answers))
             config = replace(asking.config, seed=question_seed(asking.seed, asking.run, question.question_id, turn))
             if asking.watcher is not None:
                 asking.watcher.begin_turn(turn_label(contender, question, asking, turn))
@@ -151,13 +152,19 @@ def ask(contender: Contender, question: Question, asking: Asking) -> Record:
             turns.append((generation, time.perf_counter() - begin))
             if asking.watcher is not None:
                 asking.watcher.end_turn(generation)
-            answers.append(asking.dialogue.text(generation.ids))
+            answers.append(asking.dialogue.answer(generation.ids))
     except QUESTION_FAILURES as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not asking.keep_going:
             raise CatsError(f"question {question.question_id!r} failed with {contender.model_id}: {cause}") from error
         return {**stamp, "failed": cause}
     return {**stamp, "answer_id": uuid.uuid4().hex, "choices": [choice_record(turns, answers)]}
+
+
+def conversation(turns: Sequence[str], answers: Sequence[str]) -> list[Message]:
+    """Questions and the answers to all but the last of them, as messages."""
+    spoken = [text for place, turn in enumerate(turns) for text in (turn, *answers[place : place + 1])]
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(spoken)]
 
 
 def turn_label(contender: Contender, question: Question, asking: Asking, turn: int) -> Record:

@@ -25,7 +25,9 @@ def add_model_flags(parser: argparse.ArgumentParser, model_path_required: bool =
     group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="of weights and arithmetic (default: as stored)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is some, else cpu)")
     add_memory_flags(parser)
-    group.add_argument("--template", help="FastChat's name of the chat template, or 'tokenizer' (default: from the model)")
+    group.add_argument(
+        "--template", help="vicuna_v1.1, llama-2, another of FastChat's names, a .jinja file, tokenizer (default: the model's own)"
+    )
 
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:

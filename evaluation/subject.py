@@ -4,29 +4,26 @@ Knows checkpoints and templates; knows no questions and no answer files.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cats import (
     CatsError,
+    CatsModel,
     Generation,
     GenerationConfig,
     MemoryOptions,
     MethodConfig,
-    MultiAdapterCATSModel,
-    StopStrings,
+    ModelText,
     build_method,
     generate,
     load,
 )
 from cats.checkpoint import weight_files
 from cats.trace import StepTrace
-from evaluation.chat import Chat, default_template, load_tokenizer
 from evaluation.metrics import ModelShape
 from evaluation.options import Adapters
 from evaluation.questions import Question
@@ -38,9 +35,12 @@ SAMPLE_BYTES = 1 << 20
 class Subject:
     """A loaded model with what it needs to be spoken to."""
 
-    model: MultiAdapterCATSModel
-    chat: Chat
-    eos_token_ids: tuple[int, ...]
+    model: CatsModel
+
+    @property
+    def text(self) -> ModelText:
+        """Its tokenizer, chat template and end tokens."""
+        return self.model.text
 
     def answer(
         self,
@@ -50,21 +50,17 @@ class Subject:
         on_step: Callable[[StepTrace], object] | None = None,
     ) -> Generation:
         """One answer by one method; the template's stop strings end it as the end tokens do."""
-        stop = StopStrings(self.chat.stop_strings, self._decode) if self.chat.stop_strings else None
-        return generate(self.model, prompt_ids, build_method(method), config, stop=stop, on_step=on_step)
+        return generate(self.model, prompt_ids, method, config, stop=self.text.stop(), on_step=on_step)
 
     def check_prompts(self, questions: Sequence[Question]) -> None:
         """Raise `CatsError` naming the first question whose opening prompt leaves no room for an answer."""
         for question in questions:
-            length = len(self.chat.prompt_ids(question.turns[:1], ()))
+            length = len(self.text.prompt_ids(question.turns[0]))
             if length >= self.model.base.context:
                 raise CatsError(
                     f"the prompt of question {question.question_id!r} has {length} tokens and the model's context holds "
                     f"{self.model.base.context}; leave the question out, or give --keep-going to record it as failed."
                 )
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.chat.tokenizer.decode(ids))
 
     def shape(self, method: MethodConfig) -> ModelShape:
         """What the cost formulas of metrics.py need to know for this method."""
@@ -79,36 +75,24 @@ class Subject:
         )
 
 
-def load_chat(model_path: str, template: str | None) -> Chat:
+def load_text(model_path: str, template: str | None) -> ModelText:
     """Tokenizer and template of a checkpoint; quick, so that their faults are found before the weights are read."""
-    tokenizer = load_tokenizer(model_path)
-    return Chat(tokenizer, template or default_template(tokenizer, model_path))
+    text = ModelText.from_pretrained(model_path, template)
+    _ = text.template  # `CatsError` where there is none
+    return text
 
 
 def load_subject(
-    model_path: str, adapters: Adapters, chat: Chat, dtype: str, device: torch.device, memory: MemoryOptions | None = None
+    model_path: str, adapters: Adapters, text: ModelText, dtype: str, device: torch.device, memory: MemoryOptions | None = None
 ) -> Subject:
     """Load base and adapters, within `memory` where it is given; whatever does not fit together raises `CatsError`."""
-    model = load(model_path, adapters, dtype=dtype, device=device, memory=memory)
+    model = load(model_path, adapters, dtype=dtype, device=device, memory=memory, template=text.template)
     exits = {name: int(adapter.exit_layer or 0) for name, adapter in model.adapters.items()}
     if {"draft", "shallow"} <= exits.keys() and exits["draft"] >= exits["shallow"]:
         raise CatsError(
             f"the draft adapter's exit {exits['draft']} is not before the shallow adapter's {exits['shallow']}; exchange or replace them."
         )
-    return Subject(model, chat, end_token_ids(model_path, model.base.config, chat))
-
-
-def end_token_ids(model_path: str | Path, config: Any, chat: Chat) -> tuple[int, ...]:
-    """Every token that ends an answer: as generation_config.json says, else the model's config; the tokenizer's; the template's."""
-    path = Path(model_path) / "generation_config.json"
-    try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise CatsError(f"cannot read {path}: {error}; fetch the checkpoint again.") from error
-    said = config.eos_token_id if said is None else said
-    listed = said if isinstance(said, list) else [said]
-    found = {*listed, chat.tokenizer.eos_token_id, *chat.stop_token_ids} - {None}
-    return tuple(sorted(int(token) for token in found))
+    return Subject(model)
 
 
 def weights_fingerprint(directory: str | Path) -> str:

@@ -36,18 +36,17 @@ from cats.adapter import read_adapter_config
 from cats.checkpoint import DTYPES, locate_tensors
 from cats.cli.command import exit_with_sentence
 from cats.cli.progress import live_bar
-from cats.earlyexit import read_config
 from cats.errors import BudgetError
 from cats.files import write_atomically
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.direct_file import window, window_bytes
 from cats.runtime.link import rate_text
 from cats.runtime.weights import EMBEDDING, HEAD, PlannedWeights, tensor_name
-from evaluation.chat import Chat
+from cats.text import ModelText
 from evaluation.metrics import ModelShape, paper_bytes_per_token
 from evaluation.questions import ALIASES, BENCHES, read_questions, resolve_bench, select_questions
 from evaluation.record_file import write_json
-from evaluation.subject import end_token_ids, load_chat
+from evaluation.subject import load_text
 from evaluation.timing import environment
 
 TOLERANCE = 0.02
@@ -334,19 +333,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--flash-bandwidth", help="imitate a slower flash, like 2GB/s (default: the disk as it is)")
     parser.add_argument("--ring-buffers", type=int, default=3, help="size of the ring in largest matrices (default: %(default)s)")
     parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="auto", help="of the arithmetic (default: as stored)")
-    parser.add_argument("--template", help="FastChat's name of the chat template, or 'tokenizer' (default: from the model)")
+    parser.add_argument("--template", help="name of the chat template, or a .jinja file (default: the model's own)")
     parser.add_argument("--output", type=Path, required=True, help="result file (.json); a .md table lies beside it")
     return parser.parse_args(argv)
 
 
-def exercise_of(args: argparse.Namespace, chat: Chat) -> Exercise:
+def exercise_of(args: argparse.Namespace, text: ModelText) -> Exercise:
     """Prompts and settings."""
     questions = select_questions(read_questions(resolve_bench(ALIASES.get(args.bench, args.bench)).path), 0, args.questions)
-    eos = end_token_ids(args.model_path, read_config(args.model_path), chat)
     return Exercise(
         model_path=args.model_path,
-        prompts=[chat.prompt_ids(question.turns[:1], ()) for question in questions],
-        config=GenerationConfig(max_new_tokens=args.max_new_tokens, eos_token_ids=eos),
+        prompts=[text.prompt_ids(question.turns[0]) for question in questions],
+        config=GenerationConfig(max_new_tokens=args.max_new_tokens, eos_token_ids=text.end_token_ids),
         dtype=args.dtype,
         flash_bandwidth=None if args.flash_bandwidth is None else float(parse_amount(args.flash_bandwidth, "--flash-bandwidth")),
         ring_buffers=args.ring_buffers,
@@ -360,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.questions < 1 or args.max_new_tokens < 2:
         raise CatsError("give at least 1 of --questions and 2 of --max-new-tokens.")
     check_exits(args.draft_adapter_path, args.shallow_adapter_paths)
-    exercise = exercise_of(args, load_chat(args.model_path, args.template))
+    exercise = exercise_of(args, load_text(args.model_path, args.template))
     sizes = [
         sum(place.nbytes for place in locate_tensors(path).values()) for path in (args.draft_adapter_path, *args.shallow_adapter_paths)
     ]

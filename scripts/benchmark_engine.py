@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import cats
 from cats.cli.command import exit_with_sentence
@@ -70,11 +70,8 @@ class Subject:
 
 def load_subject(new_tokens: int) -> Subject:
     """Load everything once."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    texts = [tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False) for message in messages]
-    prompts = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     model = cats.load(TINY, ADAPTERS, dtype="float32")
+    prompts = [model.text.prompt_ids(question) for question in QUESTIONS]
     plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     return Subject(model, plain, prompts, cats.GenerationConfig(max_new_tokens=new_tokens))
 

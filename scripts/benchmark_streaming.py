@@ -29,7 +29,7 @@ from cats.runtime.weights import PlannedWeights
 from evaluation.presets import PRESET_HELP, parse_presets
 from evaluation.questions import read_questions, resolve_bench, select_questions
 from evaluation.record_file import write_json
-from evaluation.subject import end_token_ids, load_chat
+from evaluation.subject import load_text
 from evaluation.timing import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,13 +98,12 @@ def contenders_of(args: argparse.Namespace) -> dict[str, Contender]:
 
 def answer_in_turns(args: argparse.Namespace, contenders: dict[str, Contender]) -> None:
     """Every question to every contender, the order turning by one; greedy answers that differ from plain decoding's are an error."""
-    chat = load_chat(args.model_path, None)
+    text = load_text(args.model_path, None)
     questions = select_questions(read_questions(resolve_bench(args.bench_name).path), 0, args.questions)
-    ends = end_token_ids(args.model_path, next(iter(contenders.values())).model.base.config, chat)
-    config = cats.GenerationConfig(max_new_tokens=args.max_new_tokens, eos_token_ids=ends)
+    config = cats.GenerationConfig(max_new_tokens=args.max_new_tokens, eos_token_ids=text.end_token_ids)
     labels = list(contenders)
     for place, question in enumerate(live_bar(questions, desc="questions", unit="question")):
-        prompt = chat.prompt_ids(question.turns[:1], ())
+        prompt = text.prompt_ids(question.turns[0])
         for label in labels[place % len(labels) :] + labels[: place % len(labels)]:
             contender = contenders[label]
             contender.answers.append(cats.generate(contender.model, prompt, cats.build_method(contender.method), config))

@@ -28,7 +28,7 @@ from cats.cli.command import exit_with_sentence
 from cats.cli.progress import live_bar
 from evaluation.options import Adapters
 from evaluation.presets import PRESETS
-from evaluation.subject import load_chat, load_subject
+from evaluation.subject import load_subject, load_text
 from evaluation.timing import environment
 from scripts.training_data import ANSWERS, CORPUS, DataPlan, TrainingData, prompt_of
 from scripts.training_figures import write_results
@@ -160,10 +160,10 @@ class Comparison:
     def accepted(self, draft: Path, shallow: Path, part: str, methods: Sequence[str]) -> dict[str, Any]:
         """Per method, the tokens and target passes of every prompt, prefill excluded, and whether all methods say the same."""
         adapters: Adapters = {"draft": (draft, None), "shallow": (shallow, None)}
-        subject = load_subject(str(self.model), adapters, load_chat(str(self.model), None), "float32", torch.device("cpu"))
-        config = GenerationConfig(max_new_tokens=self.arguments.decode_tokens, eos_token_ids=subject.eos_token_ids)
+        subject = load_subject(str(self.model), adapters, load_text(str(self.model), None), "float32", torch.device("cpu"))
+        config = GenerationConfig(max_new_tokens=self.arguments.decode_tokens)
         questions = [prompt_of(chat).turns[0].text for chat in read_sharegpt(self.data.prompts(part))]
-        prompts = [subject.chat.prompt_ids((question,), ()) for question in questions]
+        prompts = [subject.text.prompt_ids(question) for question in questions]
         found: dict[str, Any] = {}
         texts = []
         for method in methods:

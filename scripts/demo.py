@@ -12,18 +12,19 @@ from pathlib import Path
 import torch
 
 from cats import CatsError, Generation, GenerationConfig, MethodConfig
-from cats.__main__ import EMBEDDED, LiveText
 from cats.cli.command import exit_with_sentence
+from cats.cli.default_model import EMBEDDED, EMBEDDED_ADAPTERS
+from cats.cli.live_text import LiveText
 from evaluation import metrics
 from evaluation.eval import Asking, Contender, ask, warm_up
 from evaluation.options import Adapters
 from evaluation.presets import PRESETS
 from evaluation.questions import Question
 from evaluation.record_file import Record
-from evaluation.subject import Subject, load_chat, load_subject
+from evaluation.subject import Subject, load_subject, load_text
 from evaluation.timing import cpu_model
 
-ADAPTERS: Adapters = {"draft": (EMBEDDED / "adapters" / "draft_exit2", None), "shallow": (EMBEDDED / "adapters" / "shallow_exit6", None)}
+ADAPTERS: Adapters = {name: (path, None) for name, path in EMBEDDED_ADAPTERS.items()}
 PLAIN, SHOWN = "plain", "CATS tree"
 METHODS = {
     PLAIN: PRESETS["autoregressive"],
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96, help="per answer (default: %(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    subject = load_subject(str(EMBEDDED), ADAPTERS, load_chat(str(EMBEDDED), None), "float32", torch.device("cpu"))
+    subject = load_subject(str(EMBEDDED), ADAPTERS, load_text(str(EMBEDDED), None), "float32", torch.device("cpu"))
     sys.stdout.write(heading(subject))
     records = answer_in_turns(subject, arguments.max_new_tokens)
     sys.stdout.write(table(records) + "\n\n" + NOTE + "\n\n")
@@ -69,7 +70,7 @@ def heading(subject: Subject) -> str:
 
 def answer_in_turns(subject: Subject, max_new_tokens: int) -> dict[str, list[Record]]:
     """Answer records by method; each prompt goes to all methods before the next one comes, in an order that rotates."""
-    asking = Asking(subject.chat, GenerationConfig(max_new_tokens=max_new_tokens, eos_token_ids=subject.eos_token_ids))
+    asking = Asking(subject.text, GenerationConfig(max_new_tokens=max_new_tokens))
     contenders = [Contender(name, partial(forward, subject, method), Path()) for name, method in METHODS.items()]
     questions = [Question(number, "demo", (prompt,)) for number, prompt in enumerate(PROMPTS)]
     warm_up(contenders, questions[0], asking)
@@ -116,7 +117,7 @@ def show(subject: Subject, prompt: str, record: Record) -> None:
     drafted = [False]
     for committed, accepted in zip(steps["committed"], steps["accepted"], strict=True):
         drafted += [place < accepted for place in range(committed)]
-    live = LiveText(subject.chat.tokenizer)
+    live = LiveText(subject.text)
     for token, was_drafted in zip(choice["ids"][0], drafted, strict=True):
         live.show(token, was_drafted)
     sys.stdout.write("\n")

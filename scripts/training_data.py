@@ -13,7 +13,7 @@ import numpy as np
 
 from cats.errors import CatsError
 from training import ge_data
-from training.chat_tokens import load_tokenizer, renderer_for
+from training.chat_tokens import training_text
 from training.conversations import Conversation, Turn, read_sharegpt
 from training.provenance import agree, sha256, write_json
 from training.regenerate import RESULT, as_sharegpt
@@ -89,13 +89,11 @@ class TrainingData:
 
     def fitting(self, chats: Sequence[Conversation], count: int) -> list[Conversation]:
         """The first `count` conversations, in an order that the seed decides, whose first prompt is short enough."""
-        tokenizer = load_tokenizer(self.plan.model)
-        renderer = renderer_for(tokenizer, self.plan.model, None)
+        text = training_text(self.plan.model, None)
         found: list[Conversation] = []
         for place in np.random.default_rng(self.plan.seed).permutation(len(chats)):
             chat = replace(chats[place], turns=chats[place].turns[:2])
-            text = renderer(chat)
-            if chat.turns[1].text and len(tokenizer(text.text[: text.answers[0][0]])["input_ids"]) <= self.plan.prompt_tokens:
+            if chat.turns[1].text and len(text.prompt_ids(chat.messages[:1])) <= self.plan.prompt_tokens:
                 found.append(replace(chat, id=f"{place}"))
             if len(found) == count:
                 return found

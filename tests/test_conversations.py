@@ -9,9 +9,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from cats.errors import CatsError
+from cats.text import ModelText
 from tests.speaking_model import byte_tokenizer
-from training.chat_tokens import encode_chats, inside, renderer_for, without_bos
-from training.conversations import Conversation, Turn, fastchat_renderer, jinja_renderer, read_sharegpt
+from training.chat_tokens import encode_chats, inside
+from training.conversations import Conversation, Turn, read_sharegpt
 
 CHAT = Conversation("c", (Turn(0, "What is 2+2?"), Turn(1, "It is 4."), Turn(0, "Naïve 日本?"), Turn(1, "Yes: naïve 日本.\n  Two lines")))
 ANSWERS = ["It is 4.", "Yes: naïve 日本.\n  Two lines"]
@@ -51,42 +52,36 @@ def test_bad_files_are_named_in_one_sentence(tmp_path: Path, text: str, sentence
     assert "bad.json" in str(caught.value)
 
 
+def text_in(template: str | None, tokenizer: PreTrainedTokenizerFast | None = None) -> ModelText:
+    return ModelText(tokenizer or byte_tokenizer(), template)
+
+
 @pytest.mark.parametrize(("template", "end"), [("vicuna_v1.1", "</s>"), ("llama-2", " </s><s>"), ("qwen-7b-chat", "<|im_end|>\n")])
 def test_spans_hold_the_answers_and_their_end_marks(template: str, end: str) -> None:
-    rendered = fastchat_renderer(template)(CHAT)
+    rendered = text_in(template).rendered(CHAT.messages)
     assert [rendered.text[slice(*span)].strip("\n ") for span in rendered.answers] == [(answer + end).strip("\n ") for answer in ANSWERS]
 
 
 def test_a_span_starts_where_the_prompt_of_inference_ends() -> None:
-    rendered = fastchat_renderer("vicuna_v1.1")(CHAT)
+    rendered = text_in("vicuna_v1.1").rendered(CHAT.messages)
     assert all(rendered.text[:start].endswith(" ASSISTANT:") for start, _ in rendered.answers)
 
 
 def test_an_answer_that_was_cut_off_has_no_end_mark() -> None:
     cut = Conversation("c", (*CHAT.turns[:3], Turn(1, "Two", finished=False)))
-    rendered = fastchat_renderer("vicuna_v1.1")(cut)
+    rendered = text_in("vicuna_v1.1").rendered(cut.messages, cut.unfinished)
     assert rendered.text[slice(*rendered.answers[-1])] == " Two"
 
 
-def test_a_template_that_rewrites_history_is_refused() -> None:
-    renderer = jinja_renderer(lambda messages, ask: f"{len(messages)}" + "".join(message["content"] for message in messages))
-    with pytest.raises(CatsError, match="rewrites earlier turns"):
-        renderer(CHAT)
-
-
-def test_the_models_own_template_comes_first_and_unknown_ones_are_refused() -> None:
-    own, named = byte_tokenizer(), fastchat_renderer("vicuna_v1.1")
-    assert without_bos(renderer_for(own, "x", None)(CHAT), "<s>") == named(CHAT)
-    assert renderer_for(byte_tokenizer(None), "models/vicuna-7b-v1.3", None)(CHAT) == named(CHAT)
-    with pytest.raises(CatsError, match="--template"):
-        renderer_for(byte_tokenizer(None), "models/other", None)
-    with pytest.raises(CatsError, match="unknown chat template"):
-        renderer_for(own, "x", "no_such_template")
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    forgetful = byte_tokenizer("{{ messages[-1]['content'] }}{% if add_generation_prompt %}>{% endif %}")
+    with pytest.raises(CatsError, match="conversation c: the chat template tokenizer rewrites earlier turns"):
+        encode_chats(text_in(None, forgetful), [CHAT], 10_000)
 
 
 def trained(kind: str) -> PreTrainedTokenizerFast:
     """A tokenizer of another family, trained on the chat itself."""
-    text = [fastchat_renderer("vicuna_v1.1")(CHAT).text] * 4
+    text = [text_in("vicuna_v1.1").rendered(CHAT.messages).text] * 4
     specials = ["<unk>", "<s>", "</s>"]
     if kind == "sentencepiece-bpe":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -110,9 +105,9 @@ def trained(kind: str) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("template", ["vicuna_v1.1", "llama-2"])
 def test_the_mask_covers_the_answers_and_nothing_else(kind: str, template: str) -> None:
     tokenizer = byte_tokenizer() if kind == "bytes" else trained(kind)
-    renderer = fastchat_renderer(template)
-    (chat,) = encode_chats(tokenizer, renderer, [CHAT], 10_000)
-    rendered = without_bos(renderer(CHAT), "<s>")
+    text = text_in(template, tokenizer)
+    (chat,) = encode_chats(text, [CHAT], 10_000)
+    rendered = text.rendered(CHAT.messages)
     offsets = tokenizer(rendered.text, return_offsets_mapping=True)["offset_mapping"]
     covered = {place for (start, end), counts in zip(offsets, chat.answer_N, strict=True) if counts for place in range(start, end)}
     spans = [set(range(*span)) for span in rendered.answers]
@@ -124,8 +119,8 @@ def test_the_mask_covers_the_answers_and_nothing_else(kind: str, template: str) 
 
 
 def test_truncation_cuts_ids_and_mask_alike() -> None:
-    tokenizer, renderer = byte_tokenizer(), fastchat_renderer("vicuna_v1.1")
-    (whole,), (cut,) = (encode_chats(tokenizer, renderer, [CHAT], longest) for longest in (10_000, 190))
+    text = text_in("vicuna_v1.1")
+    (whole,), (cut,) = (encode_chats(text, [CHAT], longest) for longest in (10_000, 190))
     assert len(cut.ids_N) == 190 < len(whole.ids_N)
     assert (cut.ids_N == whole.ids_N[:190]).all()
     assert (cut.answer_N == whole.answer_N[:190]).all()

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cats import AutoregressiveConfig, CatsError
+from cats import AutoregressiveConfig
 from evaluation import correctness
 from evaluation.correctness import Difference, Reference, compare_prompt, first_difference
 from evaluation.presets import PRESETS
 from evaluation.record_file import read_records, rewrite_records
-from evaluation.subject import end_token_ids, load_chat, load_subject
+from evaluation.subject import load_subject, load_text
 from tests import speaking_model
 from tests.tiny_models import TinyModel
 
@@ -84,9 +84,9 @@ def test_a_recorded_difference_is_reported_with_status_1_and_nothing_is_compared
 
 def test_another_model_differs_where_its_logits_do(tmp_path: Path, speaking: TinyModel) -> None:
     other = speaking_model.build(tmp_path, seed=1)
-    subject = load_subject(str(speaking.base), {}, load_chat(str(speaking.base), None), "float32", CPU)
-    reference = Reference(str(other.base), "float32", CPU, subject.eos_token_ids)
-    prompt = subject.chat.prompt_ids(["Hi."], [])
+    subject = load_subject(str(speaking.base), {}, load_text(str(speaking.base), None), "float32", CPU)
+    reference = Reference(str(other.base), "float32", CPU, subject.text.end_token_ids)
+    prompt = subject.text.prompt_ids("Hi.")
     outcome = compare_prompt(subject, reference, prompt, {"plain": AutoregressiveConfig()}, [3, 20])
     assert outcome["comparisons"] == 2
     found = outcome["differences"][0]
@@ -97,7 +97,7 @@ def test_another_model_differs_where_its_logits_do(tmp_path: Path, speaking: Tin
 
 
 def test_answers_end_where_the_context_does(speaking: TinyModel) -> None:
-    subject = load_subject(str(speaking.base), {}, load_chat(str(speaking.base), None), "float32", CPU)
+    subject = load_subject(str(speaking.base), {}, load_text(str(speaking.base), None), "float32", CPU)
     reference = Reference(str(speaking.base), "float32", CPU, ())
     methods = {"plain": AutoregressiveConfig(), "lookup": PRESETS["prompt_lookup"]}
     prompt = [5 + place % 200 for place in range(subject.model.base.context - 3)]
@@ -117,13 +117,3 @@ def test_half_precision_and_bad_prompts_are_refused(tmp_path: Path, speaking: Ti
             correctness.main(flags(speaking, "--all-methods", *more))
         assert ended.value.code == 2
         assert complaint in capsys.readouterr().err
-
-
-def test_end_tokens_come_from_the_generation_settings_the_tokenizer_and_the_template(tmp_path: Path, speaking: TinyModel) -> None:
-    subject = load_subject(str(speaking.base), {}, load_chat(str(speaking.base), None), "float32", CPU)
-    assert subject.eos_token_ids == (2,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 4]}')
-    assert end_token_ids(tmp_path, subject.model.base.config, subject.chat) == (2, 4, 9)
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(CatsError, match="cannot read"):
-        end_token_ids(tmp_path, subject.model.base.config, subject.chat)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cats import CatsError, Generation, GenerationConfig
+from cats.text import Message
 from cats.trace import Confusion, StageSeconds, StepTrace
 from evaluation import record_file
 from evaluation.eval import Asking, Contender, Forward, question_seed, reorg_answer_file, run_eval
@@ -26,10 +27,11 @@ CYCLE = StepTrace(False, 4, 1, 2, ("trunk",), 1, Confusion(tp=1, fn=1), 9, 4096,
 class Letters:
     """A dialogue whose ids are characters."""
 
-    def prompt_ids(self, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
-        return [ord(letter) for letter in "|".join([*turns, *answers])]
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        parts = [message["content"] for role in ("user", "assistant") for message in messages if message["role"] == role]
+        return [ord(letter) for letter in "|".join(parts)]
 
-    def text(self, ids: Sequence[int]) -> str:
+    def answer(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
 

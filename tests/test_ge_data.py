@@ -13,7 +13,7 @@ from cats.errors import CatsError
 from tests.chats import write
 from tests.tiny_models import EOS, TinyModel
 from training import ge_data, train_finetune
-from training.chat_tokens import encode_chats, load_tokenizer, renderer_for
+from training.chat_tokens import encode_chats, training_text
 from training.conversations import read_sharegpt
 from training.regenerate import Answerer, Regeneration, appending, collect, regenerate
 from training.stored_states import StoredSource, check_states
@@ -42,8 +42,7 @@ def test_shards_hold_the_states_of_a_plain_forward(speaking: TinyModel, data: Pa
     ge_data.main(arguments(speaking, data, tmp_path / "out", "--store-dtype", "float32", "--start", "1", "--index", "4"))
     shards = sorted((tmp_path / "out" / "4").glob("*.safetensors"))
     assert len(shards) == 3
-    tokenizer = load_tokenizer(speaking.base)
-    chats = encode_chats(tokenizer, renderer_for(tokenizer, speaking.base, None), read_sharegpt(data)[1:], 300)
+    chats = encode_chats(training_text(speaking.base, None), read_sharegpt(data)[1:], 300)
     base = cats.load(speaking.base, dtype="float32").base
     shard, start = load_file(shards[1]), 0
     for chat, length in zip(chats[3:6], shard["lengths"].tolist(), strict=True):
@@ -160,7 +159,8 @@ def test_answers_are_the_models_own(speaking: TinyModel, data: Path, tmp_path: P
     argv = arguments(speaking, data, tmp_path / "out", "--regenerate", "--text-only", "--max-new-tokens", "20", "--end", "3")
     ge_data.main(argv)
     chats = read_sharegpt(tmp_path / "out" / "0" / "regenerated.json")
-    tokenizer, model = load_tokenizer(speaking.base), cats.load(speaking.base, dtype="float32")
+    model = cats.load(speaking.base, dtype="float32")
+    tokenizer = model.text.tokenizer
     prompts = {chat.id: chat.turns[0].text for chat in read_sharegpt(data)}
     assert chats
     for chat in chats:
@@ -175,8 +175,8 @@ def test_answers_are_the_models_own(speaking: TinyModel, data: Path, tmp_path: P
 
 
 def test_answering_goes_on_after_a_torn_line_and_with_other_processes(speaking: TinyModel, data: Path, tmp_path: Path) -> None:
-    tokenizer, model = load_tokenizer(speaking.base), cats.load(speaking.base, dtype="float32")
-    answerer = Answerer(model, tokenizer, renderer_for(tokenizer, speaking.base, None), Regeneration(max_new_tokens=6, temperature=1.0))
+    model = cats.load(speaking.base, dtype="float32")
+    answerer = Answerer(model, model.text, Regeneration(max_new_tokens=6, temperature=1.0))
     chats = read_sharegpt(data)
     (tmp_path / "straight").mkdir()
     regenerate(answerer, chats, tmp_path / "straight")

@@ -74,7 +74,7 @@ def test_a_stage_that_follows_on_itself_is_one_span() -> None:
 @pytest.mark.parametrize("method", sorted(cats.METHODS))
 def test_spans_lie_in_the_step_and_make_up_its_stages(tiny: Callable[[str], TinyModel], method: str) -> None:
     model = tiny("llama")
-    built = cats.build_method(cats.METHODS[method][1]())
+    built = cats.build_method(cats.METHODS[method]())
     loaded = cats.load(model.base, {name: (getattr(model, name), None) for name in built.adapters}, "float32", "cpu")
     answer = cats.generate(loaded, [5, 6, 7, 8], built, cats.GenerationConfig(max_new_tokens=12))
     for trace in answer.traces:

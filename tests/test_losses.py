@@ -8,10 +8,10 @@ import torch
 
 import cats
 from cats.adapter import AdapterModel
+from cats.text import load_tokenizer
 from tests.tiny_models import DRAFT_EXIT, TinyModel
 from training.adapter_start import fresh_adapter
 from training.agreement import Agreement, chain_steps, counted_spans
-from training.chat_tokens import load_tokenizer
 from training.dataset import Batch
 from training.frozen_head import FrozenHead
 from training.losses import Columns, HeadLoss, Target, predicting_positions, reduced_kl, reduced_target, sampled_columns

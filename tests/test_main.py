@@ -1,6 +1,6 @@
 """`python -m cats` in process: text, streaming to a transformers streamer, refusals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -8,19 +8,19 @@ from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 import cats
-from cats.__main__ import main
+from cats.cli.ask import main
 from tests.tiny_models import DRAFT_EXIT, SHALLOW_EXIT, TinyModel, prompts
 
 
-def command(model: TinyModel, *more: str) -> list[str]:
-    adapters = ["--draft-adapter-path", str(model.draft), "--shallow-adapter-path", str(model.shallow)]
+def command(model: TinyModel, *more: str, needed: Sequence[str] = ("draft", "shallow")) -> list[str]:
+    adapters = [part for name in needed for part in (f"--{name}-adapter-path", str(getattr(model, name)))]
     return ["two words", "--model-path", str(model.base), *adapters, "--max-new-tokens", "12", *more]
 
 
 def test_the_text_of_every_method_is_the_same(speaking: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     texts = set()
     for method in cats.METHODS:
-        main(command(speaking, "--method", method))
+        main(command(speaking, "--method", method, needed=cats.build_method(cats.METHODS[method]()).adapters))
         text, _, summary = capsys.readouterr().out.rpartition("\n\n[")
         assert "token" in summary
         texts.add(text)
@@ -45,6 +45,8 @@ REFUSALS = {
     "a contradiction": (["--total-tokens", "40"], "total-tokens 40 has nothing to choose from in a chain"),
     "another exit": (["--draft-layer", str(SHALLOW_EXIT)], f"trained at exit {DRAFT_EXIT}"),
     "a negative temperature": (["--temperature", "-1"], "temperature is -1.0"),
+    "an adapter for nothing": (["--method", "autoregressive"], "--draft-adapter-path does nothing for the method autoregressive"),
+    "a template for nothing": (["--raw", "--template", "llama-2"], "--raw leaves the chat template out"),
     "an unknown dtype": (["--dtype", "float7"], "unknown dtype 'float7'"),
 }
 

@@ -38,7 +38,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], None]:
     """Adds a configuration to the methods."""
 
     def register(config_class: type) -> None:
-        monkeypatch.setitem(METHODS, config_class.name, (cats.METHODS["autoregressive"][0], config_class))  # type: ignore[attr-defined]
+        monkeypatch.setitem(METHODS, config_class.name, config_class)  # type: ignore[attr-defined]
 
     return register
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cats.text import VICUNA, render
 from training import train_tiny
-from training.conversations import read_sharegpt, render
+from training.conversations import read_sharegpt
 from training.muon import Muon, orthogonalise
 
 CHATS = [
@@ -54,7 +55,7 @@ def test_the_chat_template_is_the_one_it_was_trained_in(tmp_path: Path) -> None:
     chat = read_sharegpt(tmp_path / "corpus.json")[0]
     messages = [{"role": ("user", "assistant")[turn.role], "content": turn.text} for turn in chat.turns]
     templated = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert templated == tokenizer.bos_token + render(chat)
+    assert templated == tokenizer.bos_token + render(VICUNA, chat.messages)
     question = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))
     assert str(templated).startswith(question)
 

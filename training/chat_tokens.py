@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
-from training.conversations import Conversation, Rendered, Renderer, fastchat_renderer, jinja_renderer
+from cats.text import ModelText, Rendered
+from training.conversations import Conversation
 
-FASTCHAT_BY_NAME = (("vicuna", "vicuna_v1.1"), ("llama-2", "llama-2"), ("llama2", "llama-2"))
 BATCH = 512
 
 
@@ -28,48 +28,34 @@ class ChatTokens:
     answer_N: np.ndarray
 
 
-def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerFast:
-    """The model's fast tokenizer; a missing or slow one raises `CatsError`, since offsets need a fast one."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise CatsError(f"no tokenizer can be loaded from {model_path}: {error}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+def training_text(model_path: str | Path, template: str | None) -> ModelText:
+    """Tokenizer and chat template of a checkpoint; a slow tokenizer, or no template, raises `CatsError`: offsets need a fast one."""
+    text = ModelText.from_pretrained(model_path, template)
+    if not text.tokenizer.is_fast:
         raise CatsError(f"the tokenizer of {model_path} is not a fast one; the loss mask needs character offsets, so convert it first.")
-    return tokenizer
+    _ = text.template  # `CatsError` where there is none
+    return text
 
 
-def renderer_for(tokenizer: PreTrainedTokenizerFast, model_path: str | Path, template: str | None) -> Renderer:
-    """The named FastChat template; else the tokenizer's own ("tokenizer" asks for it); else the one known for the model's name."""
-    if template and template != "tokenizer":
-        return fastchat_renderer(template)
-    if tokenizer.chat_template:
-        return jinja_renderer(lambda messages, ask: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)))
-    for part, name in FASTCHAT_BY_NAME if template is None else ():
-        if part in str(model_path).lower():
-            return fastchat_renderer(name)
-    raise CatsError(f"{model_path} has no chat template of its own; name a FastChat one with --template (for example vicuna_v1.1).")
-
-
-def encode_chats(tokenizer: PreTrainedTokenizerFast, renderer: Renderer, chats: Sequence[Conversation], longest: int) -> list[ChatTokens]:
+def encode_chats(text: ModelText, chats: Sequence[Conversation], longest: int) -> list[ChatTokens]:
     """Tokenize conversations, cut at `longest` tokens; conversations left without an answer token are kept (mask all false)."""
     encoded: list[ChatTokens] = []
     for start in live_bar(range(0, len(chats), BATCH), desc="tokenize", unit="batch", leave=False, disable=len(chats) < BATCH):
-        rendered = [without_bos(renderer(chat), tokenizer.bos_token) for chat in chats[start : start + BATCH]]
-        encodings = tokenizer.backend_tokenizer.encode_batch([chat.text for chat in rendered])
-        encoded.extend(_cut(tokenizer, chat, encoding, longest) for chat, encoding in zip(rendered, encodings, strict=True))
+        rendered = [_rendered(text, chat) for chat in chats[start : start + BATCH]]
+        specials = text.adds_specials(rendered[0].text)
+        encodings = text.tokenizer.backend_tokenizer.encode_batch([chat.text for chat in rendered], add_special_tokens=specials)
+        encoded.extend(_cut(text.tokenizer, chat, encoding, longest) for chat, encoding in zip(rendered, encodings, strict=True))
     return encoded
 
 
-def without_bos(rendered: Rendered, bos: str | None) -> Rendered:
-    """Drop a beginning-of-sequence marker that the template wrote, since the tokenizer adds its own."""
-    if not bos or not rendered.text.startswith(bos):
-        return rendered
-    size = len(bos)
-    return Rendered(rendered.text[size:], tuple((start - size, end - size) for start, end in rendered.answers))
+def _rendered(text: ModelText, chat: Conversation) -> Rendered:
+    try:
+        return text.rendered(chat.messages, chat.unfinished)
+    except CatsError as error:
+        raise CatsError(f"conversation {chat.id}: {error}") from error
 
 
-def _cut(tokenizer: PreTrainedTokenizerFast, rendered: Rendered, encoding: Encoding, longest: int) -> ChatTokens:
+def _cut(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, encoding: Encoding, longest: int) -> ChatTokens:
     ids = np.asarray(encoding.ids[:longest], dtype=np.int32)
     offsets = np.asarray(encoding.offsets[:longest], dtype=np.int64).reshape(-1, 2)
     answer = inside(offsets, rendered.answers)

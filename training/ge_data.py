@@ -25,7 +25,6 @@ if __package__ in (None, ""):  # run as a file, as in the paper's README
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerFast
 
 import cats
 from cats.checkpoint import DTYPES
@@ -34,8 +33,8 @@ from cats.cli.progress import live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
 from training.base_model import base_device, load_base, model_path_of
-from training.chat_tokens import encode_chats, load_tokenizer, renderer_for
-from training.conversations import Conversation, Renderer, read_sharegpt
+from training.chat_tokens import encode_chats, training_text
+from training.conversations import Conversation, read_sharegpt
 from training.dataset import TextSource, TokenRows, token_rows
 from training.provenance import agree, sha256, write_json
 from training.regenerate import RESULT, Answerer, Regeneration, collect, regenerate
@@ -56,7 +55,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--index", type=int, default=0, help="number of this run; its shards go to <outdir>/<index>")
     parser.add_argument("--gpu_index", type=int, nargs="+", help="CUDA device of this process (one number per local process)")
     parser.add_argument("--outdir", required=True)
-    parser.add_argument("--template", help="FastChat template name; default: the model's own chat template")
+    parser.add_argument("--template", help="chat template by name, or a .jinja file; default: the model's own")
     parser.add_argument("--length", type=int, default=2048, help="longest row in tokens")
     parser.add_argument("--rows-from", choices=("conversations", "packed"), default="conversations")
     parser.add_argument("--every-token", action="store_true", help="mark every token to be learnt, not only those of answers")
@@ -202,10 +201,10 @@ def own_answers(
     base: EarlyExitLlamaForCausalLM, arguments: argparse.Namespace, accelerator: Accelerator, directory: Path
 ) -> list[Conversation]:
     """The chosen conversations with answers by the base model, also written to `regenerated.json` in ShareGPT format."""
-    chats, (tokenizer, renderer) = chosen_conversations(arguments), text_tools(arguments)
+    chats, text = chosen_conversations(arguments), training_text(arguments.model_path, arguments.template)
     agree(directory / "answers.json", provenance(arguments, base), accelerator.is_main_process)
     settings = Regeneration(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed, arguments.answer_rows)
-    answerer = Answerer(cats.MultiAdapterCATSModel(base), tokenizer, renderer, settings)
+    answerer = Answerer(cats.MultiAdapterCATSModel(base), text, settings)
     accelerator.wait_for_everyone()
     regenerate(answerer, chats, directory, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()
@@ -213,12 +212,6 @@ def own_answers(
         write_json(directory / RESULT, collect(directory, len(chats)))
     accelerator.wait_for_everyone()
     return read_sharegpt(directory / RESULT)
-
-
-def text_tools(arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Renderer]:
-    """Tokenizer and renderer of the base model."""
-    tokenizer = load_tokenizer(arguments.model_path)
-    return tokenizer, renderer_for(tokenizer, arguments.model_path, arguments.template)
 
 
 @exit_with_sentence
@@ -235,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chats = own_answers(base, arguments, accelerator, directory) if arguments.regenerate else chosen_conversations(arguments)
     if arguments.text_only:
         return
-    tokens = encode_chats(*text_tools(arguments), chats, base.context)
+    tokens = encode_chats(training_text(arguments.model_path, arguments.template), chats, base.context)
     rows = token_rows(tokens, arguments.length, arguments.rows_from == "packed", arguments.every_token)
     agree(directory / DESCRIPTION, states_description(arguments, base), accelerator.is_main_process)
     make_shards(TextSource(rows, base, sorted(set(arguments.exit_layers))), arguments, accelerator, directory)

@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers import PreTrainedTokenizerFast
-
 import cats
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
+from cats.text import ModelText
 from training.batched_answers import Choice, Request, answer_all
-from training.chat_tokens import without_bos
-from training.conversations import Conversation, Renderer, Turn
+from training.conversations import Conversation, Turn
 
 RESULT = "regenerated.json"
 
@@ -50,11 +48,9 @@ class Regeneration:
 class Answerer:
     """The model in the assistant's place."""
 
-    def __init__(self, model: cats.MultiAdapterCATSModel, tokenizer: PreTrainedTokenizerFast, renderer: Renderer, settings: Regeneration):
-        self.base, self.tokenizer, self.renderer, self.settings = model.base, tokenizer, renderer, settings
+    def __init__(self, model: cats.MultiAdapterCATSModel, text: ModelText, settings: Regeneration):
+        self.base, self.text, self.settings = model.base, text, settings
         self.choice = Choice(settings.temperature, settings.top_p)
-        eos = model.base.config.eos_token_id
-        self.eos = tuple(eos) if isinstance(eos, list) else (eos,)
 
     def answers(self, chats: dict[int, Conversation], on_tokens: Callable[[int], object] = lambda count: None) -> dict[int, Conversation]:
         """The conversations, by number, with the model's own answers; shorter where an answer is empty, cut off, or the context is full.
@@ -72,22 +68,16 @@ class Answerer:
 
     def answer_turn(self, asked: dict[int, Conversation], place: int, on_tokens: Callable[[int], object]) -> dict[int, Turn]:
         """One answer to each conversation that ends with a question; none where it is empty or the question fills the context."""
-        prompts = {number: self.prompt_ids(replace(chat, turns=(*chat.turns, Turn(1, ".")))) for number, chat in asked.items()}
+        prompts = {number: self.text.prompt_ids(chat.messages) for number, chat in asked.items()}
         requests = {
             number: Request(prompt, (self.settings.seed, number, place))
             for number, prompt in prompts.items()
             if len(prompt) < self.base.context
         }
-        answer_all(self.base, list(requests.values()), self.choice, self.settings.max_new_tokens, self.eos, self.settings.rows, on_tokens)
-        texts = {
-            number: str(self.tokenizer.decode(request.answer, skip_special_tokens=True)).strip() for number, request in requests.items()
-        }
+        settings, ends = self.settings, self.text.end_token_ids
+        answer_all(self.base, list(requests.values()), self.choice, settings.max_new_tokens, ends, settings.rows, on_tokens)
+        texts = {number: self.text.answer(request.answer) for number, request in requests.items()}
         return {number: Turn(1, text, requests[number].ended) for number, text in texts.items() if text}
-
-    def prompt_ids(self, chat: Conversation) -> list[int]:
-        """Tokens up to where the last answer of `chat` begins."""
-        rendered = without_bos(self.renderer(chat), self.tokenizer.bos_token)
-        return list(self.tokenizer(rendered.text[: rendered.answers[-1][0]])["input_ids"])
 
 
 def regenerate(answerer: Answerer, chats: Sequence[Conversation], directory: Path, rank: int = 0, processes: int = 1) -> None:

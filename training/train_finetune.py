@@ -37,7 +37,7 @@ from training.adapter_run import INITS, OPTIMIZERS, PRECISIONS, SCHEDULES, Adapt
 from training.adapter_start import FITTING_ROWS, fit_norms, starting_adapters
 from training.adapter_trainer import AdapterTrainer
 from training.base_model import load_base, model_path_of
-from training.chat_tokens import encode_chats, load_tokenizer, renderer_for
+from training.chat_tokens import encode_chats, training_text
 from training.conversations import Conversation, read_sharegpt
 from training.dataset import RowSource, TextSource, row_order, token_rows
 from training.frozen_head import FrozenHead
@@ -60,7 +60,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     data.add_argument("--validation-home", help="held-out states; without it every 50th row is held out")
     data.add_argument("--start", type=int, default=0, help="first conversation of --data-path")
     data.add_argument("--end", type=int, help="conversation of --data-path to stop before")
-    data.add_argument("--template", help="FastChat template name; default: the model's own chat template")
+    data.add_argument("--template", help="chat template by name, or a .jinja file; default: the model's own")
     data.add_argument(
         "--rows-from", choices=("packed", "conversations"), default="packed", help="on the fly: cut one stream, or one row per conversation"
     )
@@ -127,11 +127,10 @@ def split_conversations(arguments: argparse.Namespace) -> tuple[list[Conversatio
 def text_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch.device) -> tuple[RowSource, RowSource]:
     """Training and validation rows that run the frozen base on the fly."""
     base = load_base(arguments.model_path, arguments.dtype, device, run.length)
-    tokenizer = load_tokenizer(arguments.model_path)
-    renderer = renderer_for(tokenizer, arguments.model_path, arguments.template)
+    text = training_text(arguments.model_path, arguments.template)
     train, held = split_conversations(arguments)
     train_rows, held_rows = (
-        token_rows(encode_chats(tokenizer, renderer, chats, base.context), run.length, run.packed, run.every_token)
+        token_rows(encode_chats(text, chats, base.context), run.length, run.packed, run.every_token)
         for chats in (train, held[: 20 * run.validation_rows])
     )
     return TextSource(train_rows, base, run.exits), TextSource(held_rows, base, run.exits)

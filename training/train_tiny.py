@@ -31,21 +31,13 @@ from cats.cli.command import exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
-from training.conversations import read_sharegpt, render
+from cats.text import VICUNA, render
+from training.conversations import read_sharegpt
 from training.muon import Muon
 
 SPECIALS = ("<unk>", "<s>", "</s>")
 # Words with their leading space, digits one at a time (sums are then learnable), runs of marks, runs of spaces (code).
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]{1,4}|\s*\n+|\s+(?!\S)|\s+"
-VICUNA_JINJA = (
-    "{{ bos_token }}{{ 'A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}"
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ ' USER: ' if loop.first else 'USER: ' }}{{ message['content'] }}"
-    "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-
-
 @dataclass(frozen=True)
 class TinyRun:
     """Everything that decides a training run."""
@@ -92,7 +84,7 @@ def train_tokenizer(texts: list[str], vocab: int, context: int) -> PreTrainedTok
         eos_token="</s>",
         model_max_length=context,
         clean_up_tokenization_spaces=False,
-        chat_template=VICUNA_JINJA,
+        chat_template="{{ bos_token }}" + VICUNA,
     )
 
 
@@ -321,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if run.width % run.heads or run.heads % run.kv_heads:
         raise CatsError(f"width {run.width} must divide by heads {run.heads}, and heads by kv-heads {run.kv_heads}.")
-    heldout = [render(conversation) for conversation in read_sharegpt(run.heldout)]
-    texts = [render(conversation) for conversation in read_sharegpt(run.corpus)]
+    heldout = [render(VICUNA, conversation.messages) for conversation in read_sharegpt(run.heldout)]
+    texts = [render(VICUNA, conversation.messages) for conversation in read_sharegpt(run.corpus)]
     if not (work / "tokenizer").exists():
         train_tokenizer(texts[::4], run.vocab, run.context).save_pretrained(work / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")

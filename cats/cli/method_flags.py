@@ -16,7 +16,7 @@ from cats.settings import Setting, flag_of, settings_of
 def every_setting() -> dict[str, Setting]:
     """All methods' settings by name; one that two methods understand differently raises `ContractError`."""
     settings: dict[str, Setting] = {}
-    for method, (_, config_class) in METHODS.items():
+    for method, config_class in METHODS.items():
         for name, setting in settings_of(config_class).items():
             known = settings.setdefault(name, setting)
             if (known.kind, known.choices, known.count) != (setting.kind, setting.choices, setting.count):
@@ -30,7 +30,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     for name, setting in every_setting().items():
         users = ", ".join(
             f"{method} {getattr(config_class(), name)}"
-            for method, (_, config_class) in METHODS.items()
+            for method, config_class in METHODS.items()
             if name in settings_of(config_class)
         )
         text = f"{setting.help} (default: {users})".replace("%", "%%")
@@ -47,7 +47,7 @@ def chosen_method(method: str, args: argparse.Namespace) -> MethodConfig:
 
 def method_config(method: str, given: Mapping[str, Any]) -> MethodConfig:
     """The configuration of `method` with the settings that are given and not None; one that the method lacks raises `CatsError`."""
-    config_class = METHODS[method][1]
+    config_class = METHODS[method]
     own = settings_of(config_class)
     settings = {name: value for name, value in given.items() if value is not None}
     known = ", ".join(map(flag_of, own)) or "no settings at all"

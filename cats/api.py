@@ -1,0 +1,177 @@
+"""What `import cats` offers on top of the engine: a model that knows its text, loaded from a directory or the hub, and answers as text."""
+
+import dataclasses
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cats import engine
+from cats.acceptance import Acceptance
+from cats.cats_model import MultiAdapterCATSModel
+from cats.config import GenerationConfig, MemoryOptions, MethodConfig
+from cats.engine import Generation, Step, Stop
+from cats.errors import CatsError
+from cats.hub import locate
+from cats.methods import METHODS, best_method, build_method
+from cats.methods.base import Method
+from cats.text import Message, ModelText, has_tokenizer, listed_end_ids
+from cats.trace import StepTrace
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+AdapterPlace = str | Path | tuple[str | Path, int | None]
+MethodChoice = str | MethodConfig | Method | None
+
+
+@dataclass(frozen=True)
+class Answer(Generation):
+    """A whole answer: its ids, why it ended, one trace a step, and its text."""
+
+    decode: Callable[[Sequence[int]], str] = field(repr=False, compare=False)
+
+    @property
+    def text(self) -> str:
+        """The new tokens as text; `CatsError` where the checkpoint has no tokenizer."""
+        return self.decode(self.ids)
+
+    @property
+    def accepted_length(self) -> float | None:
+        """Tokens per pass of the whole model, the prefill left out; None where the prefill gave the whole answer."""
+        cycles = [trace.committed for trace in self.traces if not trace.prefill]
+        return sum(cycles) / len(cycles) if cycles else None
+
+
+class CatsModel(MultiAdapterCATSModel):
+    """A model that can be spoken to; made by `load`."""
+
+    _text: ModelText | None = None
+
+    @property
+    def text(self) -> ModelText:
+        """Tokenizer, chat template and end tokens; `CatsError` where the checkpoint has no tokenizer."""
+        if self._text is None:
+            raise CatsError("the checkpoint has no tokenizer, so text means nothing to it; give token ids, or add its tokenizer's files.")
+        return self._text
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        method: MethodChoice = None,
+        *,
+        stop: Sequence[str] = (),
+        on_step: Callable[[StepTrace], object] | None = None,
+        **generation: int | float,
+    ) -> Answer:
+        """The answer to a question, or to a conversation of `{"role": ..., "content": ...}`, in the checkpoint's chat template.
+
+        Args:
+            method: a name, a configuration, a method, or None: the best that the loaded adapters allow.
+            stop: texts that end the answer, beyond those of the template.
+            on_step: called with the trace of every step when it is done.
+            generation: fields of `GenerationConfig`.
+        """
+        text, config = self.text, GenerationConfig(**generation)  # type: ignore[arg-type]
+        found = engine.generate(
+            self, text.prompt_ids(messages), chosen_method(self, method), config, stop=text.stop(stop), on_step=on_step
+        )
+        return Answer(found.ids, found.finish, found.traces, text.answer)
+
+
+def load(
+    path_or_hub_id: str | Path,
+    adapters: Mapping[str, AdapterPlace] | None = None,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    memory: MemoryOptions | None = None,
+    template: str | None = None,
+) -> CatsModel:
+    """Load a checkpoint and its adapters from directories or from the hub.
+
+    Args:
+        adapters: `{"draft": place, "shallow": place}`; a place is a directory, a hub id, or one of them with its exit layer.
+        dtype: of the arithmetic; "auto" is the checkpoint's.
+        memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything.
+        template: name of a chat template, or the path of a `.jinja` file; None: see `cats.text`.
+
+    Raises:
+        CatsError: something is missing, damaged, or does not fit together.
+    """
+    directory = locate(path_or_hub_id)
+    pairs = {name: place if isinstance(place, tuple) else (place, None) for name, place in (adapters or {}).items()}
+    places = {name: (locate(place), exit_layer) for name, (place, exit_layer) in pairs.items()}
+    text = ModelText.from_pretrained(directory, template) if has_tokenizer(directory) else None
+    if text is None and template is not None:
+        raise CatsError(f"{directory} has no tokenizer, so a template does nothing; leave it out, or add the tokenizer's files.")
+    model = CatsModel.from_pretrained(directory, places, dtype, device, memory)
+    model._text = text
+    model.end_token_ids = (text.end_token_ids if text is not None else listed_end_ids(directory)) or None
+    return model
+
+
+def chosen_method(model: MultiAdapterCATSModel, method: MethodChoice) -> Method:
+    """The method that is meant by a name, a configuration, itself, or None: the best that the model's adapters allow."""
+    if isinstance(method, Method):
+        return method
+    if method is None:
+        method = best_method(model.adapters)
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise CatsError(f"unknown method {method!r}; known are {', '.join(METHODS)}.")
+        method = METHODS[method]()
+    return build_method(method)
+
+
+def ids_of(model: MultiAdapterCATSModel, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt: itself, or plain text as the model's tokenizer reads it."""
+    return text_of(model).ids(prompt) if isinstance(prompt, str) else list(prompt)
+
+
+def text_of(model: MultiAdapterCATSModel) -> ModelText:
+    """The text side of a model that has one."""
+    if not isinstance(model, CatsModel):
+        raise CatsError("this model was not made by cats.load, so it knows no tokenizer; give token ids.")
+    return model.text
+
+
+def stream(
+    model: MultiAdapterCATSModel,
+    prompt: str | Sequence[int],
+    method: MethodChoice = None,
+    config: GenerationConfig | None = None,
+    *,
+    stop: Stop | None = None,
+    acceptance: Acceptance | None = None,
+) -> Generator[Step, None, None]:
+    """Continue text or token ids step by step; see `cats.engine.stream`. Text is taken as it stands, without a chat template."""
+    config = config or GenerationConfig()
+    return engine.stream(model, ids_of(model, prompt), chosen_method(model, method), config, stop=stop, acceptance=acceptance)
+
+
+def generate(
+    model: MultiAdapterCATSModel,
+    prompt: str | Sequence[int],
+    method: MethodChoice = None,
+    config: GenerationConfig | None = None,
+    *,
+    streamer: "BaseStreamer | None" = None,
+    stop: Stop | None = None,
+    acceptance: Acceptance | None = None,
+    on_step: Callable[[StepTrace], object] | None = None,
+) -> Answer:
+    """Continue text or token ids; see `stream` and `cats.engine.generate`."""
+    found = engine.generate(
+        model,
+        ids_of(model, prompt),
+        chosen_method(model, method),
+        config or GenerationConfig(),
+        streamer=streamer,
+        stop=stop,
+        acceptance=acceptance,
+        on_step=on_step,
+    )
+    fields = {item.name: getattr(found, item.name) for item in dataclasses.fields(found)}
+    return Answer(**fields, decode=lambda ids: text_of(model).decode(ids))

@@ -1,0 +1,123 @@
+"""`python -m cats "prompt"`: one answer, shown as it is made; drafted tokens that the target accepted stand out in green."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cats
+from cats.cli.command import exit_with_sentence
+from cats.cli.default_model import default_model
+from cats.cli.live_text import LiveText
+from cats.cli.memory_flags import add_memory_flags, memory_options
+from cats.cli.method_flags import add_method_flags, chosen_method
+from cats.errors import CatsError
+from cats.methods import best_method
+
+if TYPE_CHECKING:
+    from cats.api import AdapterPlace, CatsModel
+    from cats.trace import StepTrace
+
+ADAPTERS = ("draft", "shallow")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m cats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", help="what to ask; '-' reads it from standard input")
+    parser.add_argument(
+        "--model-path", metavar="DIRECTORY_OR_HUB_ID", help="checkpoint (default: the repository's embedded model, or the one fetched)"
+    )
+    for name in ADAPTERS:
+        parser.add_argument(
+            f"--{name}-adapter-path", metavar="DIRECTORY_OR_HUB_ID", help=f"{name} adapter (the default model may bring its own)"
+        )
+        parser.add_argument(f"--{name}-layer", type=int, help="exit layer (default: what the adapter's config.json says)")
+    parser.add_argument("--method", choices=sorted(cats.METHODS), help="default: the best that the adapters allow")
+    add_method_flags(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    add_memory_flags(parser)
+    parser.add_argument("--stop", action="append", default=[], help="end the answer after this text (may be given several times)")
+    parser.add_argument(
+        "--template", help="chat template: vicuna_v1.1, llama-2, another of FastChat's names, a .jinja file (default: the checkpoint's own)"
+    )
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without a chat template")
+    return parser.parse_args(argv)
+
+
+def chosen_adapters(arguments: argparse.Namespace, brought: Mapping[str, Path]) -> "dict[str, AdapterPlace]":
+    """Places and exits of all adapters that were given, or else brought by the model; an exit without an adapter is refused."""
+    adapters: dict[str, AdapterPlace] = {}
+    for name in ADAPTERS:
+        place, layer = getattr(arguments, f"{name}_adapter_path") or brought.get(name), getattr(arguments, f"{name}_layer")
+        if place is None and layer is not None:
+            raise CatsError(f"--{name}-layer {layer} is the exit of an adapter that was not given; give --{name}-adapter-path with it.")
+        if place is not None:
+            adapters[name] = (place, layer)
+    return adapters
+
+
+def needed_adapters(
+    arguments: argparse.Namespace, adapters: "dict[str, AdapterPlace]", method: str, needed: Sequence[str]
+) -> "dict[str, AdapterPlace]":
+    """Those that the method needs; a missing one, or one that was given for nothing, raises `CatsError`."""
+    for name in ADAPTERS:
+        if name in needed and name not in adapters:
+            raise CatsError(f"the method {method} needs the {name} adapter; give --{name}-adapter-path.")
+        for flag in (f"{name}_adapter_path", f"{name}_layer"):
+            if name not in needed and getattr(arguments, flag) is not None:
+                said = f"--{flag.replace('_', '-')}"
+                raise CatsError(f"{said} does nothing for the method {method}, which has no {name} adapter; leave it out.")
+    return {name: adapters[name] for name in needed}
+
+
+def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodConfig]":
+    """The model and the configuration of the method, after everything that can be refused without weights was."""
+    if arguments.raw and arguments.template is not None:
+        raise CatsError("--raw leaves the chat template out, so --template does nothing; leave one of them out.")
+    path, brought = (arguments.model_path, {}) if arguments.model_path is not None else default_model()
+    adapters = chosen_adapters(arguments, brought)
+    name = arguments.method or best_method(adapters)
+    config = chosen_method(name, arguments)
+    method = cats.build_method(config)
+    memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
+    chosen = needed_adapters(arguments, adapters, name, method.adapters)
+    return cats.load(path, chosen, arguments.dtype, arguments.device, memory, arguments.template), config
+
+
+def answer(arguments: argparse.Namespace, prompt: str) -> None:
+    """Load, decode, show."""
+    generation = cats.GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed
+    )
+    model, config = load_model(arguments)
+    if arguments.ledger:
+        sys.stderr.write("\n".join(model.base.source.report()) + "\n")
+    text = model.text
+    ids = text.ids(prompt) if arguments.raw else text.prompt_ids(prompt)
+    live, traces = LiveText(text), []
+    for step in cats.stream(model, ids, config, generation, stop=text.stop(arguments.stop, chat=not arguments.raw)):
+        traces.append(step.trace)
+        for place, token in enumerate(step.tokens):
+            live.show(token, drafted=place < step.trace.accepted)
+    print_summary(traces[1:], traces[0].seconds.total)
+
+
+def print_summary(traces: "Sequence[StepTrace]", prefill_seconds: float) -> None:
+    """One line of figures below the answer."""
+    tokens, seconds = sum(trace.committed for trace in traces), sum(trace.seconds.total for trace in traces)
+    if traces:
+        rate = f"{tokens / seconds:.1f} tokens/s, {tokens / len(traces):.2f} tokens per target pass"
+        print(f"\n\n[{tokens + 1} tokens, {rate}, prompt read in {prefill_seconds:.2f} s]")
+    else:
+        print("\n\n[1 token]")
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    answer(arguments, sys.stdin.read() if arguments.prompt == "-" else arguments.prompt)
