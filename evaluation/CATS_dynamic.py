@@ -40,7 +40,7 @@ from cats import (
     build_method,
     generate,
 )
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.method_flags import add_method_flags, chosen_method
 from cats.settings import as_record
 from cats.text import ModelText
@@ -112,7 +112,7 @@ class Plan:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; unknown flags end with exit status 2."""
-    parser = argparse.ArgumentParser(prog="CATS_dynamic.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="CATS_dynamic.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--method", choices=tuple(METHODS), default="cascade", help="default: %(default)s")
     add_model_flags(parser)
     add_method_flags(parser)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cats import CatsError, GenerationConfig, MethodConfig, build_method
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.files import write_atomically
 from cats.settings import as_record
 from evaluation.eval import Asking, Contender, run_eval
@@ -191,7 +191,7 @@ def build_table(output: Path) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.acceptance_table", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="python -m evaluation.acceptance_table", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_model_flags(parser, model_path_required=False)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help=PRESET_HELP)
     parser.add_argument("--benches", nargs="+", choices=(*ALIASES, *BENCHES), default=list(BENCHES), help="default: all")

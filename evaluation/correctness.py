@@ -23,7 +23,7 @@ from transformers import GenerationConfig as TransformersConfig
 
 from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import parse_dtype
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.settings import as_record
 from cats.text import ModelText
@@ -112,7 +112,7 @@ def read_prompts(prompts: str) -> list[Question]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.correctness", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="python -m evaluation.correctness", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_model_flags(parser)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--methods", nargs="+", metavar="METHOD", help=PRESET_HELP)

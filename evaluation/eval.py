@@ -6,11 +6,13 @@ with, per turn, what every step did:
     {"question_id": 81, "answer_id": "...", "model_id": "...", "tstamp": 1.7e9, "choices": [{"index": 0,
      "turns": ["text", ...], "ids": [[...], ...], "new_tokens": [...], "wall_time": [...], "finish": [...], "steps": [{...}, ...]}]}
 
-or, with keep_going, {"question_id": 81, "model_id": "...", "tstamp": 1.7e9, "failed": "the cause"}.
+or, with keep_going, {"question_id": 81, "model_id": "...", "tstamp": 1.7e9, "failed": "the cause"}, with a "traceback" where the cause
+is a bug of ours.
 """
 
 import hashlib
 import time
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import OutOfMemoryError
+
 from cats import CatsError, Generation, GenerationConfig
+from cats.cli.command import first_line
 from cats.cli.progress import live_bar
 from cats.text import Message
 from cats.trace import StepTrace
@@ -26,7 +31,8 @@ from evaluation.processes import OneProcess, Processes, own_share
 from evaluation.questions import Question, QuestionId
 from evaluation.record_file import Record, append_record, read_records, rewrite_records
 
-QUESTION_FAILURES = (CatsError, RuntimeError, ValueError, IndexError, MemoryError)
+MENDABLE = (CatsError, MemoryError, OutOfMemoryError)
+BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 WARM_UP_TOKENS = 32
 Forward = Callable[[list[int], GenerationConfig], Generation]
 STEP_VALUES = ("nodes", "accepted", "committed", "shallow_accepted", "layer_passes", "bytes_streamed")
@@ -89,8 +95,8 @@ def run_eval(
     Contenders take turns question by question, and in the order of turns, so that noise of the machine hits all alike.
     The questions are shared among the processes of `accelerate launch`; one question is asked first without being
     recorded, to warm up; `on_start` is called in the main process after that and before the first answer. A question that
-    fails raises `CatsError` with its id and cause, or is recorded as failed if `asking.keep_going`; failed questions are
-    asked again by the next run.
+    fails raises `CatsError` with its id and cause (a bug is raised as it stands, with the id as a note), or is recorded as failed if
+    `asking.keep_going`; failed questions are asked again by the next run.
     """
     processes = processes or OneProcess()
     missing = missing_answers(contenders, questions)
@@ -153,11 +159,16 @@ def ask(contender: Contender, question: Question, asking: Asking) -> Record:
             if asking.watcher is not None:
                 asking.watcher.end_turn(generation)
             answers.append(asking.dialogue.answer(generation.ids))
-    except QUESTION_FAILURES as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except MENDABLE as error:
+        cause = first_line(error) or type(error).__name__
         if not asking.keep_going:
             raise CatsError(f"question {question.question_id!r} failed with {contender.model_id}: {cause}") from error
         return {**stamp, "failed": cause}
+    except BUGS as error:
+        if not asking.keep_going:
+            error.add_note(f"question {question.question_id!r} with {contender.model_id}")
+            raise
+        return {**stamp, "failed": f"{type(error).__name__}: {first_line(error)}", "traceback": traceback.format_exc()}
     return {**stamp, "answer_id": uuid.uuid4().hex, "choices": [choice_record(turns, answers)]}
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cats import CatsError, Generation
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.files import write_atomically
 from cats.trace import ACROSS, StepTrace
 from evaluation.metrics import ratio
@@ -263,7 +263,7 @@ def draw_timeline(cycles: Sequence[Record], path: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="live_view", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="live_view", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("file", type=Path, help="written by CATS_dynamic --trace-file")
     parser.add_argument("--timeline", type=Path, metavar="OUT", help=f"draw who was busy when into this file ({', '.join(FORMATS)})")
     parser.add_argument("--cycles", metavar="A:B", help=f"only these positions of the file (default: all, of which {DRAWN} are drawn)")

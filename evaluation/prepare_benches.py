@@ -8,7 +8,6 @@ holds are the same questions in other formats; they are put into the same form, 
 instead of bytes. Knows formats of question sets; knows no model.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.errors import CatsError
 from cats.files import write_atomically
 from evaluation.questions import BENCH_FOLDER, BENCHES, question_file_name, read_questions
@@ -166,7 +165,7 @@ def write_set(name: str, bench: Bench, text: str, official: Path) -> None:
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     """Read and check the chosen sets, then write them; sets that are there are replaced."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.prepare_benches", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="python -m evaluation.prepare_benches", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--from", dest="folder", type=Path, help="folder with question_<bench>.jsonl; without it, the hub")
     parser.add_argument("--benches", nargs="+", choices=BENCHES, default=list(BENCHES), help="default: all")
     parser.add_argument(

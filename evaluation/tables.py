@@ -34,7 +34,7 @@ from cats import (
 )
 from cats.adapter import read_adapter_config
 from cats.checkpoint import DTYPES, locate_tensors
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.errors import BudgetError
 from cats.files import write_atomically
@@ -319,7 +319,7 @@ def report(args: argparse.Namespace, exercise: Exercise, measured: Sequence[tupl
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.tables", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="python -m evaluation.tables", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("table", choices=tuple(TABLES), help="table 3 or table 4 of the paper")
     parser.add_argument("--model-path", required=True, help="checkpoint directory with safetensors")
     parser.add_argument("--draft-adapter-path", type=Path, required=True, help="directory of the draft adapter")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cats.checkpoint import DTYPES, weight_files
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
@@ -158,7 +158,7 @@ def report(args: argparse.Namespace, request: Request, rows: Sequence[dict[str, 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.benchmark_budget", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="python -m scripts.benchmark_budget", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model-path", required=True, help="checkpoint directory with safetensors")
     parser.add_argument("--draft-adapter-path", help="for CATS")
     parser.add_argument("--shallow-adapter-path", help="for CATS")

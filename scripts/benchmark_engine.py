@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cats
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.files import write_atomically
 from evaluation.timing import environment, paired
@@ -133,7 +133,7 @@ def profile(subject: Subject, name: str, lines: int = 25) -> str:
 
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cats.checkpoint import TensorPlace, locate_tensors
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
@@ -100,7 +100,7 @@ def measure(streamer: Streamer, repeats: int) -> dict[str, Any]:
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint directory with safetensors")
     parser.add_argument("--ring-buffers", type=int, default=2, help="ring of this many times the largest matrix (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed pairs (default: %(default)s)")

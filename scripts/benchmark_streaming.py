@@ -19,7 +19,7 @@ import torch
 
 import cats
 from cats.checkpoint import locate_tensors
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.memory_flags import PROMPT_POSITIONS
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
@@ -56,7 +56,7 @@ class Contender:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", default=str(TINY), help="(default: the embedded model)")
     parser.add_argument("--draft-adapter-path", type=Path, default=TINY / "adapters" / "draft_exit2")
     parser.add_argument("--shallow-adapter-path", type=Path, default=TINY / "adapters" / "shallow_exit6")

@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
@@ -182,7 +182,7 @@ def measure_memory(share: float, threads: int, states: Path) -> dict[str, int]:
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--answer-share", type=float, default=0.7, help="of each row, counted in the loss (default: %(default)s)")

@@ -24,7 +24,7 @@ import torch
 
 from cats import CatsError, Generation, GenerationConfig
 from cats.adapter import AdapterModel
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from evaluation.options import Adapters
 from evaluation.presets import PRESETS
@@ -194,7 +194,7 @@ def adapter_hashes(adapters: dict[int, Path]) -> dict[str, str]:
 
 def arguments_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", default=str(Path("data") / "tiny"))
     parser.add_argument("--corpus", required=True, help="ShareGPT conversations to train on")
     parser.add_argument("--held-out", required=True, help="conversations for selection, test and validation")

@@ -3,7 +3,6 @@
 The methods take turns prompt by prompt. Greedy, float32, one thread: a model of this size gains nothing from a second one.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cats import CatsError, Generation, GenerationConfig, MethodConfig
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.default_model import EMBEDDED, EMBEDDED_ADAPTERS
 from cats.cli.live_text import LiveText
 from evaluation import metrics
@@ -46,7 +45,7 @@ setting: there the layers behind the shallow exit are streamed from flash on eve
 
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.demo", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="python -m scripts.demo", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--max-new-tokens", type=int, default=96, help="per answer (default: %(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cats.adapter import AdapterModel
 from cats.checkpoint import CONFIG_FAULTS, DTYPES
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
@@ -239,7 +239,7 @@ def make_checkpoint(
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="config.json of a Llama model, or of an adapter for one")
     parser.add_argument("--layers", type=int, help="decoder layers (default: those of the base)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the stored weights (default: %(default)s)")

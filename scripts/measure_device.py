@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cats.checkpoint import DTYPES, parse_dtype, weight_files
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
@@ -46,7 +46,7 @@ WRITTEN_AT_ONCE = 16 << 20
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model-path", type=Path, help="checkpoint directory")
     model.add_argument("--config", type=Path, help="a config.json, such as data/vicuna_7B_config.json")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.config import CascadeConfig
 from cats.errors import CatsError
 from cats.planning.cost import paper_bytes_per_token, sizes_of, streamed_bytes_per_token
@@ -30,7 +30,7 @@ ARITHMETIC = {2: "bfloat16", 4: "float32", 8: "float64"}
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model-path", type=Path, help="checkpoint directory of the base model; only its config.json is read")
     model.add_argument("--config", type=Path, help="a config.json, or one of data/*_config.json with --layers")

@@ -138,16 +138,32 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_a_failing_question_stops_the_run_with_its_id_and_cause(tmp_path: Path) -> None:
-    with pytest.raises(CatsError, match=r"question 7 failed with scripted: out of memory$"):
-        run(tmp_path, Scripted("seven"))
+    with pytest.raises(CatsError, match=r"question 7 failed with scripted: the prompt is too long$"):
+        run(tmp_path, Scripted("seven", CatsError("the prompt is too long")))
     assert ids_of(tmp_path / "0.jsonl") == [10, 2]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), IndexError("list index out of range"), TypeError("no"), KeyError("x")])
+def test_a_bug_is_not_reported_as_the_users_fault(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        run(tmp_path, Scripted("seven", error))
+    assert raised.value is error
+    assert raised.value.__notes__ == ["question 7 with scripted"]
+    assert ids_of(tmp_path / "0.jsonl") == [10, 2]
+
+
+def test_a_bug_that_a_run_goes_on_from_leaves_its_traceback_in_the_file(tmp_path: Path) -> None:
+    failed = read_records(run(tmp_path, Scripted("seven", IndexError("list index out of range\nmore")), keep_going=True))[2]
+    assert (failed["question_id"], failed["failed"]) == (7, "IndexError: list index out of range")
+    assert "Traceback" in failed["traceback"]
+    assert "test_eval.py" in failed["traceback"]
+
+
 def test_keep_going_records_the_failure_and_the_next_run_asks_again(tmp_path: Path) -> None:
-    answers = run(tmp_path, Scripted("seven"), keep_going=True)
+    answers = run(tmp_path, Scripted("seven", MemoryError("no room\nfor 3 GB")), keep_going=True)
     failed = read_records(answers)[2]
-    assert (failed["question_id"], failed["failed"]) == (7, "out of memory")
-    assert "choices" not in failed
+    assert (failed["question_id"], failed["failed"]) == (7, "no room")
+    assert not {"choices", "traceback"} & failed.keys()
     second = Scripted()
     run(tmp_path, second, keep_going=True)
     assert second.asked == ["seven", "seven"]
@@ -158,7 +174,7 @@ def test_keep_going_records_the_failure_and_the_next_run_asks_again(tmp_path: Pa
 def test_a_fault_in_the_first_question_leaves_no_file(tmp_path: Path) -> None:
     started: list[str] = []
     contender = Contender("scripted", Scripted("ten"), tmp_path / "0.jsonl")
-    with pytest.raises(CatsError, match="question 10"):
+    with pytest.raises(RuntimeError, match="out of memory"):
         run_eval([contender], QUESTIONS, Asking(Letters(), GenerationConfig()), on_start=lambda: started.append("x"))
     assert not started
     assert list(tmp_path.iterdir()) == []

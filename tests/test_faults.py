@@ -4,6 +4,7 @@ Each ends with one sentence, no hang, the right exit status, finished answers in
 """
 
 import errno
+import importlib
 import os
 import shutil
 import signal
@@ -16,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from cats import CatsError, Generation, GenerationConfig
-from cats.cli.command import Terminated, exit_with_sentence, sigterm_as_interrupt
+from cats.cli.command import CommandParser, Terminated, exit_with_sentence, sigterm_as_interrupt
+from cats.errors import ContractError
 from cats.files import write_atomically
 from evaluation import CATS_dynamic, record_file
 from evaluation.eval import Asking, Contender, run_eval
@@ -302,13 +305,60 @@ def test_faults_of_files_are_one_sentence_and_status_2(name: str, capsys: pytest
     assert said.count("\n") == 1
 
 
-def test_what_a_library_calls_an_oserror_is_not_taken_for_a_fault_of_files() -> None:
-    @exit_with_sentence
-    def main() -> None:
-        raise OSError("no such model on the hub")
+def ended(capsys: pytest.CaptureFixture[str], error: BaseException, *argv: str) -> tuple[int, str]:
+    """Exit status and stderr of a command that raises `error`."""
 
-    with pytest.raises(OSError, match="on the hub"):
-        main()
+    @exit_with_sentence
+    def main(argv: Sequence[str] | None = None) -> None:
+        assert vars(CommandParser().parse_args(argv)) == {}
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main(list(argv))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError("no such model on the hub"), IndexError("list index out of range"), ContractError("too deep")])
+def test_a_bug_is_one_line_and_status_1_and_its_traceback_is_to_be_had(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    error.add_note("question 7 with m")
+    status, said = ended(capsys, error)
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith(f"internal error: {type(error).__name__} ({error}; question 7 with m); run again with --traceback")
+    status, said = ended(capsys, error, "--traceback")
+    assert status == 1
+    assert said.startswith("Traceback")
+    assert said.splitlines()[-1].startswith("internal error: ")
+
+
+def test_tracebacks_of_the_users_errors_are_to_be_had_too_and_asked_for_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, said = ended(capsys, CatsError("not there."), "--traceback")
+    assert (status, said.splitlines()[0]) == (2, "Traceback (most recent call last):")
+    assert ended(capsys, CatsError("not there.")) == (2, "error: not there.\n"), "the flag holds for one command"
+    monkeypatch.setenv("CATS_TRACEBACK", "1")
+    assert "Traceback" in ended(capsys, CatsError("not there."))[1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_too_little_memory_is_the_users_to_mend(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = ended(capsys, error)
+    assert (status, said.count("\n")) == (2, 1)
+    assert said.startswith("error: out of memory")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("cats.__main__", "evaluation.CATS_dynamic", "evaluation.acceptance_table", "evaluation.correctness", "evaluation.tables"),
+        *("evaluation.live_view", "training.ge_data", "training.train_finetune", "training.fine_tune_adapter", "scripts.compare_training"),
+    ],
+)
+def test_every_command_can_show_tracebacks(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    assert "--traceback" in capsys.readouterr().out
 
 
 def test_an_interrupt_leaves_no_half_of_a_whole_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file, as in the paper's README
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.errors import CatsError
 from training.base_model import model_path_of
 from training.curves import draw_curves
@@ -32,7 +32,7 @@ STAGES = ("regenerate", "store", "train", "plot")
 
 def arguments_parser() -> argparse.ArgumentParser:
     """All flags; those of the paper's README keep their names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exit_layer", "--exit-layers", type=int, nargs="+", required=True, help="one adapter is trained per exit layer")
     parser.add_argument("--topk", type=int, default=20, help="target tokens in the loss; 0: full KL")
     parser.add_argument("--start_epoch", type=int, default=0)

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 
 import cats
 from cats.checkpoint import DTYPES
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
@@ -46,7 +46,7 @@ STORE_DTYPES = ("float16", "bfloat16", "float32")
 
 def arguments_parser() -> argparse.ArgumentParser:
     """All flags; those of the paper's README keep their names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", help="base checkpoint directory; default: the environment variable CATS_BASE_MODEL")
     parser.add_argument("--data-path", default=PAPER_DATA, help="ShareGPT conversations (.json, .json.gz)")
     parser.add_argument("--exit-layers", type=int, nargs="+", default=[3, 15])

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cats.adapter import BLOCKS
 from cats.checkpoint import DTYPES
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.earlyexit import read_config
 from cats.errors import CatsError
 from training.adapter_run import INITS, OPTIMIZERS, PRECISIONS, SCHEDULES, AdapterRun
@@ -50,7 +50,7 @@ HELD_OUT_EVERY = 50  # without --validation-path, one conversation or row in so 
 
 def arguments_parser() -> argparse.ArgumentParser:
     """All flags; the defaults of the settings are those of `AdapterRun`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("model and data")
     data.add_argument("--model-path", help="base checkpoint directory; default: the environment variable CATS_BASE_MODEL")
     data.add_argument("--exit-layers", type=int, nargs="+", required=True, dest="exits")

@@ -27,7 +27,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
@@ -275,7 +275,7 @@ def sha256(path: Path) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="training conversations, ShareGPT .json or .json.gz")
     parser.add_argument("--heldout", required=True, help="held-out conversations in the same format")
     parser.add_argument("--work-dir", required=True, help="token stream and checkpoints; a second run resumes from here")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cats
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.default_model import default_model
 from cats.cli.live_text import LiveText
 from cats.cli.memory_flags import add_memory_flags, memory_options
@@ -23,7 +23,7 @@ ADAPTERS = ("draft", "shallow")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m cats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="python -m cats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", help="what to ask; '-' reads it from standard input")
     parser.add_argument(
         "--model-path", metavar="DIRECTORY_OR_HUB_ID", help="checkpoint (default: the repository's embedded model, or the one fetched)"

@@ -1,13 +1,12 @@
 """`python -m cats.cli.fetch`: bring SmolLM2-135M-Instruct, a small real chat model, into the cache, once; print where it lies."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from cats import smollm2
-from cats.cli.command import exit_with_sentence
+from cats.cli.command import CommandParser, exit_with_sentence
 
 
 def fetch_with_progress() -> str:
@@ -29,7 +28,7 @@ def fetch_with_progress() -> str:
 
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m cats.cli.fetch", description=__doc__)
+    parser = CommandParser(prog="python -m cats.cli.fetch", description=__doc__)
     parser.parse_args(argv)
     sys.stdout.write(f"{fetch_with_progress()}\n")
 
