@@ -33,8 +33,15 @@ def locate(place: str | Path) -> Path:
 def fetch(hub_id: str) -> Path:
     """The local copy of a hub repository, made if need be."""
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
+    http_fault = HfHubHTTPError.__bases__[0]  # of the HTTP library, whichever the hub's client stands on
     try:
         if constants.HF_HUB_OFFLINE:
             return Path(snapshot_download(hub_id, local_files_only=True))
@@ -52,13 +59,13 @@ def fetch(hub_id: str) -> Path:
             f"there is no directory {hub_id}, and it is not in the local cache of the hub, which is out of reach "
             "(or HF_HUB_OFFLINE is set); fetch it once."
         ) from error
-    except OSError as error:  # those of the network are among them
+    except (OSError, http_fault) as error:
         return _cached(hub_id, error)
     except ValueError as error:
         raise CatsError(f"{hub_id!r} is neither a directory nor a name that the hub knows: {str(error).splitlines()[0]}") from error
 
 
-def _cached(hub_id: str, fault: OSError) -> Path:
+def _cached(hub_id: str, fault: Exception) -> Path:
     """The copy that an earlier run fetched, where the hub cannot be reached now."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

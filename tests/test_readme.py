@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = [
     text for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL) if language in ("", "bash")
 ]
+PYTHON = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line.strip()
     for fence in FENCES
@@ -31,6 +32,7 @@ def module_of(words: list[str]) -> str:
 
 
 def test_there_are_commands() -> None:
+    assert PYTHON
     assert len(COMMANDS) >= 5
 
 
@@ -48,6 +50,15 @@ def test_command_exists_and_knows_its_flags(command: str, capsys: pytest.Capture
     known = set(re.findall(r"--[a-z][a-z0-9_-]*", capsys.readouterr().out))
     flags = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)}
     assert flags <= known, flags - known
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_the_python_in_the_readme_runs(block: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(compile(block, "README.md", "exec"), {})
+    text, length = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert text.strip()
+    assert float(length) > 1
 
 
 def test_paths_in_the_readme_exist() -> None:
