@@ -41,7 +41,7 @@ def fetch(hub_id: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    http_fault = HfHubHTTPError.__bases__[0]  # of the HTTP library, whichever the hub's client stands on
+    http_fault: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library, whichever the hub's client stands on
     try:
         if constants.HF_HUB_OFFLINE:
             return Path(snapshot_download(hub_id, local_files_only=True))
