@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+import cats
+from cats.__main__ import main as ask
 from cats.adapter import AdapterModel
 from cats.state import DecodeState
+from cats.text import load_tokenizer
 from evaluation import CATS_dynamic, correctness
 from tests.family_checkpoints import PUBLISHED, QUESTION, FamilyCheckpoint, greedy
 from training import chat_tokens, train_finetune
@@ -51,6 +54,25 @@ def with_adapters(checkpoint: FamilyCheckpoint) -> list[str]:
     return ["--model-path", str(tiny.base), *adapters, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", str(LONGEST)]
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_command_that_asks(published: Published, name: str, prompts_read: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = published(name)
+    ask([QUESTION, *with_adapters(checkpoint)])
+    assert prompts_read == [checkpoint.prompt_ids]
+    assert f"[{len(expected(checkpoint))} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_library(published: Published, name: str, prompts_read: list[list[int]]) -> None:
+    checkpoint = published(name)
+    model = cats.load(checkpoint.tiny.base, checkpoint.tiny.adapters, dtype="float32")
+    assert model.end_token_ids == checkpoint.end_ids
+    for method in cats.METHODS:
+        answer = model.chat(QUESTION, method, max_new_tokens=LONGEST)
+        assert (answer.ids, answer.finish) == (expected(checkpoint), "eos")
+    assert set(map(tuple, prompts_read)) == {tuple(checkpoint.prompt_ids)}
+
+
 def questions(folder: Path) -> Path:
     path = folder / "question.jsonl"
     path.write_text(json.dumps({"question_id": 1, "category": "sums", "turns": [QUESTION]}) + "\n")
@@ -79,10 +101,10 @@ def test_the_comparison_with_transformers(
 
 
 def talks(folder: Path, count: int = 8) -> Path:
-    """Conversations of one exchange that open with `QUESTION`."""
+    """Conversations of one and of two exchanges that open with `QUESTION`."""
     made = []
     for number in range(count):
-        turns = [QUESTION, f"Five and {number}."]
+        turns = [QUESTION, f"Five and {number}.", "And then?", "Then six."][: 2 + 2 * (number % 2)]
         entries = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(turns)]
         made.append({"id": f"c{number}", "conversations": entries})
     path = folder / "talks.json"
@@ -106,9 +128,12 @@ def test_training(published: Published, name: str, tmp_path: Path, monkeypatch: 
     train_finetune.main([*fixed, *small, "--outdir", str(tmp_path / "out")])
     assert AdapterModel.from_pretrained(tmp_path / "out" / "exit3").exit_layer == 3
     assert len(encoded) == 8
+    tokenizer, rewrites = load_tokenizer(checkpoint.tiny.base), name == "qwen3"
     for chat in encoded:
-        places = np.flatnonzero(chat.answer_N)
         assert chat.ids_N[: len(checkpoint.prompt_ids)].tolist() == checkpoint.prompt_ids
-        assert chat.ids_N[chat.answer_N][-1] in checkpoint.end_ids or chat.ids_N[places[-1] - 1] in checkpoint.end_ids
-    single = encoded[0]
-    assert np.flatnonzero(single.answer_N)[0] == len(checkpoint.prompt_ids)
+        whole, taught = (str(tokenizer.decode(ids)) for ids in (chat.ids_N, chat.ids_N[chat.answer_N]))
+        two, marks = "And then?" in whole, sum(taught.count(end) for end in PUBLISHED[name].ends)
+        assert ("Five and" in taught, "Then six." in taught) == (not (two and rewrites), two)
+        assert marks == (2 if two and not rewrites else 1)
+        assert (np.flatnonzero(chat.answer_N)[0] == len(checkpoint.prompt_ids)) == (not (two and rewrites))
+        assert taught.startswith("<think>") == rewrites
