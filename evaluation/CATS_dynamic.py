@@ -15,7 +15,6 @@ Turns flags into fields and fields into files; decoding is in cats/, the loop ov
 import argparse
 import dataclasses
 import functools
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ from cats import (
 )
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.method_flags import add_method_flags, chosen_method
+from cats.records import sha256
 from cats.settings import as_record
 from cats.text import ModelText
 from evaluation.eval import Asking, Contender, Forward, run_eval
@@ -58,7 +58,7 @@ from evaluation.options import (
 from evaluation.processes import Processes, choose_device, start_processes
 from evaluation.questions import Question, QuestionFile, read_questions, resolve_bench, select_questions
 from evaluation.record_file import check_settings, read_records, write_json
-from evaluation.subject import Subject, load_subject, load_text, weights_fingerprint
+from evaluation.subject import Subject, load_subject, load_text, subject_settings
 from evaluation.timing import environment
 
 __all__ = ["MultiAdapterCATSModel", "cats_forward_hybrid_evaluation", "main"]
@@ -153,9 +153,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     source = QuestionFile(Path(args.question_file)) if args.question_file else resolve_bench(args.bench_name)
     questions = select_questions(read_questions(source.path), args.question_begin, args.question_end)
     text = load_text(args.model_path, args.template)
-    settings = run_settings(args, method, adapters, config, source.path, text)
-    if memory is not None:
-        settings["memory"] = dataclasses.asdict(memory)
+    settings = subject_settings(args, adapters, memory, text) | run_settings(args, method, config, source.path)
     plan = Plan(args, method, adapters, config, memory, questions, source, output, text, settings)
     for run in range(args.num_runs):
         check_settings(plan.settings_file(run), plan.settings_of(run), plan.answers(run))
@@ -178,22 +176,12 @@ def output_directory(args: argparse.Namespace) -> Path:
     return output
 
 
-def run_settings(
-    args: argparse.Namespace, method: MethodConfig, adapters: Adapters, config: GenerationConfig, questions: Path, text: ModelText
-) -> dict[str, Any]:
-    """Everything that decides an answer; a resumed run must have the same."""
+def run_settings(args: argparse.Namespace, method: MethodConfig, config: GenerationConfig, questions: Path) -> dict[str, Any]:
+    """What decides an answer beside the model; a resumed run must have the same."""
     return {
-        "model": {"name": Path(args.model_path).resolve().name, "weights": weights_fingerprint(args.model_path)},
-        "adapters": {
-            name: {"name": path.resolve().name, "exit_layer": layer, "weights": weights_fingerprint(path)}
-            for name, (path, layer) in adapters.items()
-        },
         "method": as_record(method),
         "generation": {name: value for name, value in dataclasses.asdict(config).items() if name != "eos_token_ids"},
-        "dtype": args.dtype,
-        "device": choose_device(args.device).type,
-        "template": text.template,
-        "questions": {"file": questions.name, "sha256": hashlib.sha256(questions.read_bytes()).hexdigest()},
+        "questions": {"file": questions.name, "sha256": sha256(questions)},
         "baseline": args.baseline,
     }
 

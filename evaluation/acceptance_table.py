@@ -7,7 +7,8 @@
 
 A cell is one method on one bench; its answers lie in `<output>.cells/`, so a run that is interrupted goes on where it
 stopped, and two commands with different --benches or --methods may fill one table at once. Every command builds the table
-from the cells that are complete when it ends; --merge does only that. Greedy only.
+from the cells that are complete when it ends; --merge does only that. All cells of a table have the same model, dtype, device and
+memory options. Greedy only.
 """
 
 import argparse
@@ -22,21 +23,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cats import CatsError, GenerationConfig, MethodConfig, build_method
+from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig, ModelText, build_method
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.files import write_atomically
+from cats.records import check_agreement
 from cats.settings import as_record
 from evaluation.eval import Asking, Contender, run_eval
 from evaluation.metrics import ModelShape, identical_answers, mean, summarise
-from evaluation.options import adapters_for, add_model_flags, chosen_memory
+from evaluation.options import Adapters, adapters_for, add_model_flags, chosen_memory
 from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
 from evaluation.processes import Processes, choose_device, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
 from evaluation.record_file import Record, check_settings, read_records, write_json
-from evaluation.subject import Subject, load_subject, load_text, weights_fingerprint
+from evaluation.subject import Subject, load_subject, load_text, subject_settings
 from evaluation.timing import environment
 
 PLAIN = "autoregressive"
+SHARED = ("model", "dtype", "device", "template", "max_new_tokens", "memory")
+"""Settings that all cells of a table have in common."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +76,19 @@ def cells_folder(output: Path) -> Path:
     return output.with_suffix(".cells")
 
 
-def make_cells(args: argparse.Namespace, methods: dict[str, MethodConfig], template: str) -> list[Cell]:
+def make_cells(
+    args: argparse.Namespace, methods: dict[str, MethodConfig], adapters: Adapters, memory: MemoryOptions | None, text: ModelText
+) -> list[Cell]:
     """Every method on every bench, checked against what lies there already; faults raise `CatsError`."""
-    adapters = adapters_for(list(methods.values()), args)
-    model = {
-        "model": {"name": Path(args.model_path).resolve().name, "weights": weights_fingerprint(args.model_path)},
-        "dtype": args.dtype,
-        "template": template,
-        "max_new_tokens": args.max_new_tokens,
-    }
-    weights = {name: {"exit_layer": layer, "weights": weights_fingerprint(path)} for name, (path, layer) in adapters.items()}
+    model = subject_settings(args, adapters, memory, text) | {"max_new_tokens": args.max_new_tokens}
+    model.get("memory", {}).pop("nodes", None)  # of the largest tree among the command's methods, which need not be the cell's
     cells = []
     for bench in dict.fromkeys(ALIASES.get(name, name) for name in args.benches):
         source = resolve_bench(bench)
         questions = select_questions(read_questions(source.path)[:: args.every], 0, args.questions)
         asked = {"bench": bench, "source": source.note.strip(), "question_ids": [question.question_id for question in questions]}
         for label, method in methods.items():
-            own = {"adapters": {name: weights[name] for name in build_method(method).adapters}}
+            own = {"adapters": {name: model["adapters"][name] for name in build_method(method).adapters}}
             settings = {**asked, "label": label, "method": as_record(method), **model, **own}
             cell = Cell(bench, label, method, questions, cells_folder(args.output), settings)
             check_settings(cell.settings_file, cell.settings, cell.answers)
@@ -177,6 +177,7 @@ def build_table(output: Path) -> str:
     cells = read_cells(cells_folder(output))
     if not cells:
         raise CatsError(f"{cells_folder(output)} holds no complete cell; run the command without --merge first.")
+    check_alike(cells, output)
     rows = table(cells)
     model, about = cells[0]["settings"]["model"]["name"], cells[0]["environment"]
     text = (
@@ -187,6 +188,18 @@ def build_table(output: Path) -> str:
     write_json(output, {"cells": cells, "environment": environment()})
     write_atomically(output.with_suffix(".md"), lambda part: part.write_text(text, encoding="utf-8"))
     return rows
+
+
+def check_alike(cells: Sequence[dict[str, Any]], output: Path) -> None:
+    """Raise `CatsError` where cells that would stand in one table were answered by other weights, or under other options."""
+    shared: dict[str, Any] = {}
+    for cell in cells:
+        settings = cell["settings"]
+        own = {name: settings.get(name) for name in SHARED} | {f"{name} adapter": found for name, found in settings["adapters"].items()}
+        known = {name: shared.setdefault(name, value) for name, value in own.items()}
+        place = f"the cell of {settings['label']} on {settings['bench']}"
+        advice = f"{place} does not fit in; remove it from {cells_folder(output)} or choose another --output."
+        check_agreement("the table", known, own, advice)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -221,10 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         methods = parse_presets(args.methods)
         config = GenerationConfig(max_new_tokens=args.max_new_tokens)
         text = load_text(args.model_path, args.template)
-        cells = make_cells(args, methods, text.template)
+        adapters, memory = adapters_for(list(methods.values()), args), chosen_memory(methods.values(), args.max_new_tokens, args)
+        cells = make_cells(args, methods, adapters, memory, text)
         processes, device = start_processes(choose_device(args.device))
-        memory = chosen_memory(methods.values(), args.max_new_tokens, args)
-        subject = load_subject(args.model_path, adapters_for(list(methods.values()), args), text, args.dtype, device, memory)
+        subject = load_subject(args.model_path, adapters, text, args.dtype, device, memory)
         if args.ledger and processes.is_main_process:
             sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
         subject.check_prompts([question for cell in cells for question in cell.questions])

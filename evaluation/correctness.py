@@ -25,6 +25,7 @@ from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import parse_dtype
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
+from cats.records import sha256
 from cats.settings import as_record
 from cats.text import ModelText
 from evaluation.options import Adapters, adapters_for, add_model_flags, chosen_memory
@@ -32,7 +33,7 @@ from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
 from evaluation.processes import Processes, choose_device, own_share, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
-from evaluation.subject import Subject, load_subject, load_text, weights_fingerprint
+from evaluation.subject import Subject, load_subject, load_text, subject_settings
 from evaluation.timing import environment
 from training.conversations import read_sharegpt
 
@@ -101,12 +102,16 @@ def compare_prompt(
     return {"comparisons": len(methods) * len(lengths), "skipped": False, "differences": differences}
 
 
+def prompts_file(prompts: str) -> Path:
+    """The file of a bench, or the one that was named."""
+    return resolve_bench(prompts).path if prompts in BENCHES or prompts in ALIASES else Path(prompts)
+
+
 def read_prompts(prompts: str) -> list[Question]:
     """Questions of a bench, of a question file (.jsonl), or the opening turns of a ShareGPT file (.json, .json.gz)."""
-    if prompts in BENCHES or prompts in ALIASES:
-        return read_questions(resolve_bench(prompts).path)
-    if prompts.endswith(".jsonl"):
-        return read_questions(prompts)
+    path = prompts_file(prompts)
+    if path.suffix == ".jsonl":
+        return read_questions(path)
     return [Question(place, "", (talk.turns[0].text,)) for place, talk in enumerate(read_sharegpt(prompts))]
 
 
@@ -140,16 +145,12 @@ class Comparison:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides an outcome; a resumed comparison must have the same."""
-        return {
-            "model": weights_fingerprint(self.args.model_path),
-            "adapters": {name: weights_fingerprint(path) for name, (path, _) in self.adapters.items()},
+        return subject_settings(self.args, self.adapters, self.memory, self.text) | {
             "methods": {label: as_record(method) for label, method in self.methods.items()},
             "max_new_tokens": self.args.max_new_tokens,
-            "prompts": Path(self.args.prompts).name,
-            "dtype": self.args.dtype,
-            "template": self.text.template,
+            "prompts": {"file": Path(self.args.prompts).name, "sha256": sha256(prompts_file(self.args.prompts))},
             "seed": None,
-        } | ({} if self.memory is None else {"memory": dataclasses.asdict(self.memory)})
+        }
 
     @property
     def settings_file(self) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cats.errors import CatsError
 from cats.files import write_atomically
+from cats.records import check_agreement
 
 Record = dict[str, Any]
 CHUNK = 65536
@@ -118,23 +119,7 @@ def check_settings(path: Path, settings: Mapping[str, Any], records: Path) -> No
     if not path.exists():
         raise CatsError(f"{records} has no {path.name} beside it that says its settings; move it away or choose another place.")
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        known = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CatsError(f"cannot read the settings in {path}: {error}; move it and its records away.") from error
-    before, now = _flat(known), _flat(json.loads(json.dumps(settings)))
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        name = changed[0]
-        others = f" ({len(changed) - 1} more settings differ)" if len(changed) > 1 else ""
-        raise CatsError(
-            f"{records} was begun with {name} {before.get(name)!r}, now it is {now.get(name)!r}{others}; "
-            "choose another place for the new answers, or remove the old ones."
-        )
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        return {prefix: settings}
-    return {
-        name: value for key, inner in settings.items() for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    check_agreement(records, known, settings, "choose another place for the new answers, or remove the old ones.")

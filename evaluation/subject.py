@@ -3,10 +3,13 @@
 Knows checkpoints and templates; knows no questions and no answer files.
 """
 
+import argparse
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +29,7 @@ from cats.checkpoint import weight_files
 from cats.trace import StepTrace
 from evaluation.metrics import ModelShape
 from evaluation.options import Adapters
+from evaluation.processes import choose_device
 from evaluation.questions import Question
 
 SAMPLE_BYTES = 1 << 20
@@ -93,6 +97,23 @@ def load_subject(
             f"the draft adapter's exit {exits['draft']} is not before the shallow adapter's {exits['shallow']}; exchange or replace them."
         )
     return Subject(model)
+
+
+def subject_settings(
+    args: argparse.Namespace, adapters: Adapters, memory: MemoryOptions | None, text: ModelText
+) -> dict[str, Any]:
+    """What the flags of the model decide, as a record: weights, dtype, device, template and, where something is streamed, how."""
+    settings = {
+        "model": {"name": Path(args.model_path).resolve().name, "weights": weights_fingerprint(args.model_path)},
+        "adapters": {
+            name: {"name": path.resolve().name, "exit_layer": layer, "weights": weights_fingerprint(path)}
+            for name, (path, layer) in adapters.items()
+        },
+        "dtype": args.dtype,
+        "device": choose_device(args.device).type,
+        "template": text.template,
+    }
+    return settings | ({} if memory is None else {"memory": dataclasses.asdict(memory)})
 
 
 def weights_fingerprint(directory: str | Path) -> str:

@@ -26,8 +26,10 @@ from cats import CatsError, Generation, GenerationConfig
 from cats.adapter import AdapterModel
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
+from cats.records import sha256
 from evaluation.options import Adapters
 from evaluation.presets import PRESETS
+from evaluation.record_file import check_settings
 from evaluation.subject import load_subject, load_text
 from evaluation.timing import environment
 from scripts.training_data import ANSWERS, CORPUS, DataPlan, TrainingData, prompt_of
@@ -38,7 +40,7 @@ from training.conversations import read_sharegpt
 from training.dataset import RowSource
 from training.frozen_head import FrozenHead
 from training.objective import Objective
-from training.provenance import read_json, sha256, write_json
+from training.provenance import read_json, write_json
 from training.stored_states import StoredSource
 
 CHAIN = "cascade_chain"
@@ -90,6 +92,18 @@ class Comparison:
         self.data = TrainingData(self.plan, self.root / "data")
         self.exits = tuple(arguments.exits)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides a result beside the data and what a cell changes by its name."""
+        return {name: getattr(self.arguments, name) for name in ("exits", "steps", "rows", "decode_tokens")}
+
+    def check(self) -> None:
+        """Refuse, by `CatsError`, a folder whose results were made with other settings; else say there what they are made with."""
+        path = self.root / "settings.json"
+        check_settings(path, self.settings, self.data.root)
+        if not path.exists():
+            write_json(path, {"settings": self.settings})
+
     def prepare(self) -> None:
         """Prompts, answers and states, for training and validation."""
         self.data.choose()
@@ -128,8 +142,7 @@ class Comparison:
     def publish(self) -> None:
         """Write the results of everything that is finished, where an output was named."""
         if self.arguments.output:
-            settings = {name: getattr(self.arguments, name) for name in ("exits", "steps", "rows", "decode_tokens")}
-            write_results(self.root, self.arguments.output, {"data": self.plan.description(), "settings": settings})
+            write_results(self.root, self.arguments.output, {"data": self.plan.description(), "settings": self.settings})
 
     def figures(self, adapters: dict[int, Path], part: str) -> dict[str, Any]:
         """Agreement on validation states; accepted length on the prompts of `part` for the first exit with each of the others.
@@ -222,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [text.partition("=") for text in arguments.adapters]
     if any(not path for _, _, path in folders):
         raise CatsError("--adapters wants LABEL=FOLDER, for example before=data/tiny/adapters.")
+    comparison.check()
     if arguments.merge:
         comparison.publish()
         return

@@ -30,6 +30,8 @@ from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
+from cats.records import check_agreement
+from training.provenance import read_json, write_json
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -200,12 +202,11 @@ def check_settings(outdir: Path, settings: dict[str, Any]) -> None:
     """Say what the directory is, or refuse to mix it with what was begun otherwise."""
     path = outdir / SETTINGS
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != settings:
-            raise CatsError(f"{outdir} was begun with other settings (see {SETTINGS} there); remove it or choose another --outdir.")
+        check_agreement(outdir, read_json(path, "this command"), settings, "remove it or choose another --outdir.")
     elif outdir.exists() and any(outdir.iterdir()):
         raise CatsError(f"{outdir} holds other files; choose an empty or new --outdir.")
     else:
-        write_atomically(path, lambda part: part.write_text(json.dumps(settings, indent=1) + "\n"))
+        write_json(path, settings)
 
 
 def make_checkpoint(

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from cats.errors import CatsError
+from cats.records import sha256
 from training import ge_data
 from training.chat_tokens import training_text
 from training.conversations import Conversation, Turn, read_sharegpt
-from training.provenance import agree, sha256, write_json
+from training.provenance import agree, write_json
 from training.regenerate import RESULT, as_sharegpt
 
 CORPUS = "corpus"

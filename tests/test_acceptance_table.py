@@ -59,3 +59,32 @@ def test_what_is_missing_is_said(tmp_path: Path, speaking: TinyModel, capsys: py
         assert ended.value.code == 2
         assert complaint in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--memory-budget", "1GB"], "memory.budget_bytes None, now it is 1000000000"),
+        (["--no-pinning"], "memory.pinning"),
+        (["--dtype", "float64"], "dtype 'float32', now it is 'float64'"),
+    ],
+)
+def test_a_cell_is_not_gone_on_with_under_other_options(
+    tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str], change: list[str], said: str
+) -> None:
+    output = tmp_path / "table.json"
+    fill(speaking, output, "--benches", "mtbench")
+    with pytest.raises(SystemExit) as ended:
+        fill(speaking, output, "--benches", "mtbench", *change)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_cells_of_other_options_do_not_meet_in_one_table(tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "table.json"
+    fill(speaking, output, "--benches", "mtbench")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        fill(speaking, output, "--benches", "alpacaeval", "--no-pinning")
+    assert ended.value.code == 2
+    assert "the cell of autoregressive on alpacaeval does not fit in" in capsys.readouterr().err

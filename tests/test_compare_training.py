@@ -78,7 +78,22 @@ def test_other_data_in_the_same_folder_is_refused(speaking: TinyModel, tmp_path:
     with pytest.raises(SystemExit) as caught:
         compare_training.main([*argv, "--prompts", "5"])
     assert caught.value.code == 2
-    assert "made with another prompts" in capsys.readouterr().err
+    assert "was begun with prompts 6, now it is 5; use the same flags" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(["--steps", "3"], "steps 2, now it is 3"), (["--decode-tokens", "7"], "decode_tokens 6, now it is 7")]
+)
+def test_results_under_other_settings_are_never_mixed(
+    speaking: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], said: str
+) -> None:
+    argv = arguments(speaking, tmp_path, "--cells", CELLS[0])
+    compare_training.main(argv)
+    for flags in (change, [*change, "--merge"]):
+        with pytest.raises(SystemExit) as caught:
+            compare_training.main([*argv, *flags])
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_cell_is_a_kind_of_answer_and_settings() -> None:

@@ -117,3 +117,22 @@ def test_half_precision_and_bad_prompts_are_refused(tmp_path: Path, speaking: Ti
             correctness.main(flags(speaking, "--all-methods", *more))
         assert ended.value.code == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_other_prompts_of_the_same_name_or_other_exits_are_not_gone_on_with(
+    tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, output = tmp_path / "asked.jsonl", tmp_path / "result.json"
+    asked.write_text(json.dumps({"question_id": 1, "category": "x", "turns": ["Hi."]}) + "\n")
+    command = flags(speaking, "--methods", "kangaroo", "--prompts", str(asked), "--max-new-tokens", "3", "--output", str(output))
+    command = [flag for flag in command if flag not in ("--shallow-adapter-path", str(speaking.shallow))]
+    correctness.main(command)
+    for turn, change, said in (
+        ("Hi.", ["--draft-layer", "1"], "adapters.draft.exit_layer None, now it is 1"),
+        ("Ho.", [], "prompts.sha256"),
+    ):
+        asked.write_text(json.dumps({"question_id": 1, "category": "x", "turns": [turn]}) + "\n")
+        with pytest.raises(SystemExit) as ended:
+            correctness.main([*command, *change])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err

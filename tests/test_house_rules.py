@@ -21,7 +21,7 @@ LARGEST_FILE = 16 * 2**20
 
 # A module of cats/ may import from its own rank and from those above it in this list.
 RANKS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "files", "turns", "families", "hub"}),
+    frozenset({"errors", "files", "records", "turns", "families", "hub"}),
     frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings", "text"}),
     frozenset({"rope", "kv_cache", "checkpoint", "linear", "adapter", "earlyexit", "cats_model", "runtime"}),
     frozenset({"state"}),
@@ -32,7 +32,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "__main__"}),
 )
 # "": the names that the package exports.
-TRAINING_MAY_USE = {"errors", "files", "families", "cli", "text", "rope", "checkpoint", "adapter", "earlyexit", ""}
+TRAINING_MAY_USE = {"errors", "files", "records", "families", "cli", "text", "rope", "checkpoint", "adapter", "earlyexit", ""}
 
 README_FLAGS = {
     "evaluation.CATS_dynamic": (

@@ -99,7 +99,11 @@ def test_what_cannot_be_written_is_refused(
 ) -> None:
     config = base_config(written.parent / "config.json", None)
     assert missing_shards(cut_into_shards(tensor_shapes(config), torch.float32, 300000), written) == []
-    for flags, sentence in ((["--seed", "1"], "other settings"), (["--exits", "4"], "exit 4 is none"), (["--layers", "0"], "at least 1")):
+    for flags, sentence in (
+        (["--seed", "1"], "begun with seed 0, now it is 1"),
+        (["--exits", "4"], "exit 4 is none"),
+        (["--layers", "0"], "at least 1"),
+    ):
         with pytest.raises(SystemExit):
             write(written.parent, written, *flags)
         assert sentence in capsys.readouterr().err

@@ -32,11 +32,12 @@ from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
+from cats.records import sha256
 from training.base_model import base_device, load_base, model_path_of
 from training.chat_tokens import encode_chats, training_text
 from training.conversations import Conversation, read_sharegpt
 from training.dataset import TextSource, TokenRows, token_rows
-from training.provenance import agree, sha256, write_json
+from training.provenance import agree, write_json
 from training.regenerate import RESULT, Answerer, Regeneration, collect, regenerate
 from training.stored_states import DESCRIPTION, read_lengths, shard_path, with_best_tokens, write_shard
 

@@ -33,6 +33,7 @@ from cats.checkpoint import DTYPES
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.earlyexit import read_config
 from cats.errors import CatsError
+from cats.records import sha256
 from training.adapter_run import INITS, OPTIMIZERS, PRECISIONS, SCHEDULES, AdapterRun
 from training.adapter_start import FITTING_ROWS, fit_norms, starting_adapters
 from training.adapter_trainer import AdapterTrainer
@@ -42,7 +43,7 @@ from training.conversations import Conversation, read_sharegpt
 from training.dataset import RowSource, TextSource, row_order, token_rows
 from training.frozen_head import FrozenHead
 from training.objective import HALVES, Objective
-from training.provenance import sha256, write_json
+from training.provenance import write_json
 from training.stored_states import StoredSource, check_states
 
 HELD_OUT_EVERY = 50  # without --validation-path, one conversation or row in so many is held out
