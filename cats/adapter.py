@@ -19,7 +19,8 @@ from torch import nn
 from transformers import Cache, LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from cats.checkpoint import CONFIG_FAULTS, load_strictly, parse_dtype, read_tensors
+from cats.checkpoint import CONFIG_FAULTS, load_strictly, tensor_forms
+from cats.dtypes import held_dtype, is_exact, narrowest
 from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.linear import WorkSpace, replace_projections
@@ -105,11 +106,11 @@ class AdapterModel(nn.Module):
         return sum(weight.nbytes for weight in self.parameters())
 
     def compute_in(self, dtype: torch.dtype, work: WorkSpace) -> None:
-        """Make the arithmetic `dtype`, as the base's is; matrices stay as they are held."""
+        """Make the arithmetic `dtype`, as the base's is; matrices stay as held, unless `dtype` would round them in every product."""
+        for parameter in self.parameters():
+            if parameter.dim() == 1 or not is_exact(parameter.dtype, dtype):
+                parameter.data = parameter.data.to(dtype)
         replace_projections(self, work)
-        for module in self.modules():
-            if isinstance(module, LlamaRMSNorm):
-                module.to(dtype)
 
     def forward(
         self,
@@ -147,9 +148,19 @@ class AdapterModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, exit_layer: int | None = None, dtype: str = "auto", device: str | torch.device = "cpu"
+        cls,
+        directory: str | Path,
+        exit_layer: int | None = None,
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
+        sparing: bool = False,
     ) -> "AdapterModel":
-        """Load `config.json` and the weights, strictly. A given `exit_layer` must agree with the one in the configuration, if any."""
+        """Load `config.json` and the weights, strictly. A given `exit_layer` must agree with the one in the configuration, if any.
+
+        Args:
+            dtype: that the weights are held in (cats/dtypes.py).
+            sparing: leave matrices as they are stored where that takes less memory and has the same values.
+        """
         config = read_adapter_config(directory)
         recorded = getattr(config, "exit_layer", None)
         if exit_layer is not None and recorded is not None and exit_layer != recorded:
@@ -161,16 +172,14 @@ class AdapterModel(nn.Module):
             raise CatsError(f"{Path(directory) / 'config.json'} does not say the exit layer of the adapter; give it explicitly.")
         with torch.device("meta"):
             adapter = cls(config, exit_layer)
-        tensors = read_tensors(directory)
-        stored = next(iter(tensors.values())).dtype if tensors else None
-        load_strictly(
-            adapter,
-            tensors,
-            f"the adapter in {directory}",
-            parse_dtype(dtype, stored),
-            torch.device(device),
-            ignored=("rotary_emb.inv_freq",),
-        )
+        forms = tensor_forms(directory)
+        held = held_dtype(dtype, config, forms)
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            resting = narrowest(tensor.dtype, held) if sparing and tensor.dim() == 2 else held
+            return tensor.to(device=device, dtype=resting, copy=True)
+
+        load_strictly(adapter, directory, forms, f"the adapter in {directory}", place)
         return adapter.eval()
 
     def save_pretrained(self, directory: str | Path, also_bin: bool = False, dtype: torch.dtype | None = None) -> None:

@@ -1,6 +1,6 @@
 """One base model, one head, any number of named exit adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -39,23 +39,35 @@ class MultiAdapterCATSModel(nn.Module):
         dtype: str = "auto",
         device: str | torch.device = "cpu",
         memory: MemoryOptions | None = None,
+        compute_dtype: str = "auto",
     ) -> Self:
-        """Load a base checkpoint and adapters `{name: (directory, exit layer or None)}` in one dtype on one device.
+        """Load a base checkpoint and adapters `{name: (directory, exit layer or None)}` on one device.
 
         Args:
-            dtype: of the arithmetic; under `memory`, weights are held as they are stored.
-            memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything, widened.
+            dtype: that weights are held in; "auto" is what each `config.json` names, else what most of the layers are stored in. On a CPU
+                "float32" holds half-precision checkpoints upcast: twice the memory, the same logits, faster. Under `memory`, weights lie in
+                memory as they are stored where `dtype` has the same values, and rounded to `dtype` where it has not.
+            memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything.
+            compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU (float64 where that is held), elsewhere `dtype`.
         """
         before, places = interpreter_bytes(), (adapters or {}).items()
-        loaded = {name: AdapterModel.from_pretrained(directory, exit_layer, "auto", device) for name, (directory, exit_layer) in places}
+        loaded = {
+            name: AdapterModel.from_pretrained(directory, exit_layer, dtype, device, sparing=memory is not None)
+            for name, (directory, exit_layer) in places
+        }
         if memory is None:
-            model = cls(EarlyExitLlamaForCausalLM.from_pretrained(base_path, dtype, device))
+            model = cls(EarlyExitLlamaForCausalLM.from_pretrained(base_path, dtype, device, compute_dtype))
         else:
-            model = cls(load_planned(base_path, dtype, torch.device(device), memory, list(loaded.values()), before))
+            planned = load_planned(base_path, (dtype, compute_dtype), torch.device(device), memory, list(loaded.values()), before)
+            model = cls(planned)
         for name, (directory, _) in places:
-            adapter = loaded[name] if memory is not None else loaded[name].to(model.base.dtype)
-            model.add_adapter(name, adapter, f"the adapter in {directory}")
+            model.add_adapter(name, loaded[name], f"the adapter in {directory}")
         return model
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """See `EarlyExitLlamaForCausalLM`."""
+        self.base._apply(fn)
+        return self
 
     def add_adapter(self, name: str, adapter: AdapterModel, what: str = "the adapter") -> None:
         """Attach an adapter under `name`; raises `CatsError` where it does not fit this base."""

@@ -8,16 +8,16 @@ for readers that fetch them piece by piece.
 import json
 import math
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file
 from torch import nn
 
 from cats.errors import CatsError
@@ -44,6 +44,17 @@ STORED_DTYPES = {
 """What a safetensors header calls them."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer ones too."""
+
+
+UNUSED_ENTRIES = ("rotary_emb.inv_freq",)
+"""Ends of names that old checkpoints store and nobody needs."""
+
+
+class TensorForm(NamedTuple):
+    """What a tensor on the disk is, whatever the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -91,42 +102,59 @@ def read_index(path: Path) -> dict[str, str]:
         raise CatsError(f"{path} is not a shard index (no readable 'weight_map'); fetch the checkpoint again.") from error
     if not isinstance(weight_map, dict):
         raise CatsError(f"{path} is not a shard index ('weight_map' is no mapping); fetch the checkpoint again.")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise CatsError(f"{path} names the shard {shard!r}, which is no file inside its directory; fetch the checkpoint again.")
     return weight_map
 
 
-def read_file(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one weight file, on the CPU, as stored."""
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one `.bin` file, on the CPU, as stored; mapped into memory, not read, where the file is of today's zip form."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return tensors
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CatsError(
             f"cannot read the weights in {path}: {str(error).splitlines()[0]}; the file is damaged or cut short, fetch it again."
         ) from error
 
 
-def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint directory, on the CPU, as stored."""
-    tensors: dict[str, torch.Tensor] = {}
+def each_tensor(directory: str | Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor as stored, on the CPU) of every wanted tensor of a checkpoint directory, one after the other.
+
+    What was yielded may share memory with its file: copy what is to stay. Of pickles one shard at a time is in memory.
+    """
     for path in weight_files(directory):
-        tensors.update(read_file(path))
-    return tensors
+        if path.suffix == ".safetensors":
+            yield from _each_of_safetensors(path, wanted)
+        else:
+            yield from ((name, tensor) for name, tensor in read_pickle(path).items() if wanted(name))
+
+
+def _each_of_safetensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                if wanted(name):
+                    yield name, file.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, str(error).splitlines()[0]) from error
 
 
 def read_tensor(directory: str | Path, name: str) -> torch.Tensor:
     """One tensor of a checkpoint directory, without reading the others where the format allows it."""
-    for path in weight_files(directory):
-        if path.suffix == ".safetensors":
-            try:
-                with safetensors.safe_open(path, framework="pt") as file:
-                    if name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                        return file.get_tensor(name)
-            except safetensors.SafetensorError as error:
-                raise CatsError(f"cannot read the weights in {path}: {error}; the file is damaged or cut short, fetch it again.") from error
-        elif name in (tensors := read_file(path)):
-            return tensors[name]
+    for _, tensor in each_tensor(directory, lambda other: other == name):
+        return tensor
     raise CatsError(f"the checkpoint in {directory} has no tensor {name}.")
+
+
+def tensor_forms(directory: str | Path) -> dict[str, TensorForm]:
+    """Tensor name -> dtype and shape as stored; safetensors are not read for it, pickles shard by shard."""
+    forms: dict[str, TensorForm] = {}
+    for path in weight_files(directory):
+        found: Mapping[str, Any] = _places_in(path) if path.suffix == ".safetensors" else read_pickle(path)
+        forms |= {name: TensorForm(entry.dtype, tuple(entry.shape)) for name, entry in found.items()}
+    return forms
 
 
 def locate_tensors(directory: str | Path) -> dict[str, TensorPlace]:
@@ -196,7 +224,7 @@ def check_tensors(
     Args:
         ignored: suffixes of names that old checkpoints store and nobody needs.
     """
-    names = [name for name in found if not name.endswith(tuple(ignored) or ("\0",))]
+    names = [name for name in found if not name.endswith(tuple(ignored))]
     missing, extra = sorted(wanted.keys() - set(names)), sorted(set(names) - wanted.keys())
     if missing:
         raise CatsError(
@@ -211,11 +239,29 @@ def check_tensors(
 
 
 def load_strictly(
-    module: nn.Module, tensors: Mapping[str, torch.Tensor], what: str, dtype: torch.dtype, device: torch.device, ignored: Iterable[str] = ()
+    module: nn.Module,
+    directory: str | Path,
+    forms: Mapping[str, TensorForm],
+    what: str,
+    place: Callable[[torch.Tensor], torch.Tensor],
+    tied: Mapping[str, str] | None = None,
 ) -> None:
-    """Put `tensors` into `module` (built on the meta device); what does not fit raises as `check_tensors` says."""
-    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    names = check_tensors(wanted, {name: tensor.shape for name, tensor in tensors.items()}, what, ignored)
-    placed = {name: tensors[name].to(device=device, dtype=dtype, copy=True) for name in names}
-    module.load_state_dict(placed, strict=True, assign=True)
-    module.requires_grad_(False)
+    """Fill `module` (built on the meta device) from a checkpoint, one tensor after the other.
+
+    Memory holds the module, and one shard that is being read. What does not fit raises as `check_tensors` says, before anything is read.
+
+    Args:
+        forms: see `tensor_forms`.
+        place: makes the copy that stays.
+        tied: parameter -> the one whose tensor it shares.
+    """
+    tied = tied or {}
+    found = {name: form.shape for name, form in forms.items()}
+    found |= {name: found[other] for name, other in tied.items() if other in found}
+    names = set(check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, found, what, UNUSED_ENTRIES))
+    for name, tensor in each_tensor(directory, lambda name: name in names and name not in tied):
+        owner, _, parameter = name.rpartition(".")
+        setattr(module.get_submodule(owner), parameter, nn.Parameter(place(tensor), requires_grad=False))
+    for name, other in tied.items():
+        owner, _, parameter = name.rpartition(".")
+        setattr(module.get_submodule(owner), parameter, module.get_parameter(other))

@@ -7,7 +7,7 @@ the model's `source` alone.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from cats.checkpoint import CONFIG_FAULTS, load_strictly, parse_dtype, read_tensors
+from cats.checkpoint import CONFIG_FAULTS, load_strictly, tensor_forms
+from cats.dtypes import compute_dtype as choose_compute_dtype
+from cats.dtypes import held_dtype as choose_held_dtype
 from cats.errors import CatsError
 from cats.families import check_layers, check_rope, family_of, usable_context
 from cats.kv_cache import KVCache
-from cats.linear import WorkSpace, replace_projections
+from cats.linear import Embedding, WorkSpace, replace_projections
 from cats.rope import RopeTable
 from cats.turns import Turns
 
@@ -81,7 +83,8 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         context: positions the model can see.
         embed_tokens: token ids [..] -> states [.., D].
         lm_head: hidden states [.., D] -> logits [.., V]; shared by every adapter.
-        dtype: of the arithmetic, states and caches; weights may be held in a narrower one.
+        dtype: of the arithmetic, states and caches (the compute dtype of cats/dtypes.py).
+        held_dtype: that the weights' values are rounded to; `dtype` holds every one of them.
         source: see `WeightSource`.
         work: where projections widen weights, those of the adapters too.
         turns: one step at a time, since steps share work space, ring and tables.
@@ -98,6 +101,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         source: WeightSource | None = None,
         work: WorkSpace | None = None,
+        held_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.config = config
@@ -107,6 +111,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         self.layer_count, self.context = len(decoder.layers), usable_context(config)
         self.source: WeightSource = source or ResidentWeights()
         self.dtype: torch.dtype = dtype or causal_lm.lm_head.weight.dtype
+        self.held_dtype: torch.dtype = held_dtype or self.dtype
         self.work = work or WorkSpace()
         self.turns = Turns(self.source.one_answer)
         with torch.device("cpu"):
@@ -118,21 +123,42 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         return next(self.norm.parameters()).device
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: str = "auto", device: str | torch.device = "cpu") -> "EarlyExitLlamaForCausalLM":
-        """Load a checkpoint directory, strictly; nothing is initialised at random. Raises `CatsError` on any fault."""
+    def from_pretrained(
+        cls, directory: str | Path, dtype: str = "auto", device: str | torch.device = "cpu", compute_dtype: str = "auto"
+    ) -> "EarlyExitLlamaForCausalLM":
+        """Load a checkpoint directory, strictly; nothing is initialised at random. Raises `CatsError` on any fault.
+
+        Args:
+            dtype: that the weights are held in. "auto" takes no more memory than the checkpoint is made for: half precision stays so, and
+                is upcast in every product. "float32" holds an upcast copy: twice the memory, the same logits, faster on a CPU.
+            compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU, so that nothing is rounded, elsewhere `dtype`.
+        """
         config = read_config(directory)
         with torch.device("meta"):
             causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         work = WorkSpace()
         replace_projections(causal_lm, work)
-        tensors = read_tensors(directory)
-        if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-            tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-        target = parse_dtype(dtype, next(iter(tensors.values())).dtype if tensors else None)
-        load_strictly(causal_lm, tensors, f"the checkpoint in {directory}", target, torch.device(device), ignored=("rotary_emb.inv_freq",))
-        if config.tie_word_embeddings:
-            causal_lm.lm_head.weight = causal_lm.model.embed_tokens.weight
-        return cls(causal_lm, config, work=work).eval()
+        forms = tensor_forms(directory)
+        held = choose_held_dtype(dtype, config, forms)
+        compute = choose_compute_dtype(compute_dtype, held, torch.device(device))
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device=device, dtype=held, copy=True).to(held if tensor.dim() > 1 else compute)
+
+        load_strictly(causal_lm, directory, forms, f"the checkpoint in {directory}", place, tied)
+        causal_lm.model.embed_tokens = Embedding(causal_lm.model.embed_tokens.weight, compute)
+        return cls(causal_lm, config, compute, work=work, held_dtype=held).eval()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "EarlyExitLlamaForCausalLM":
+        """What `.to`, `.float`, `.half`, `.cuda` go through: `CatsError` unless the model is that already, since caches, work space and
+        streams follow the dtype and device that it was loaded with."""
+        parts = {(weight.dtype, weight.device) for weight in self.parameters() if not weight.is_meta}
+        for dtype, device in parts:
+            probe = torch.empty(0, dtype=dtype, device=device)
+            if fn(probe) is not probe:
+                raise CatsError("a loaded model keeps its dtype and device; load it again with another dtype, compute_dtype or device.")
+        return self
 
     def forward_draft_or_large_model(
         self,

@@ -1,7 +1,8 @@
-"""The base model's projections, `y = x W^T + b`, for weights that may be half precision, streamed, or both.
+"""The model's projections, `y = x W^T + b`, and its embedding, for weights that may be half precision, streamed, or both.
 
-On a CPU half-precision weights become float32 (or float64) block by block in a small work space that stays in the
-processor's cache, and never as a whole: the widening is exact, and memory holds the half-precision weight alone. What is
+On a CPU half-precision weights are upcast to float32 (or float64) block by block in a small work space that stays in the
+processor's cache, and never as a whole: upcasting is exact, and memory holds the half-precision weight alone. A streamed weight
+is rounded first, where the dtype that the model holds is another one than the stored (cats/dtypes.py). What is
 computed depends on the values and the shapes only, not on where a weight lies: a streamed weight gives the resident
 weight's result, bit for bit. (Matrix kernels may choose another order of summation for another alignment, so a weight
 that does not lie on a cache line is copied to the work space as well.)
@@ -14,20 +15,34 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cats.dtypes import HALVES, is_exact, rounded
+
 BLOCK = 1 << 21
-"""Numbers of a weight that are widened at a time: 8 MB in float32, which stays in the last-level cache."""
+"""Numbers of a weight that are upcast at a time: 8 MB in float32, which stays in the last-level cache."""
 CACHE_LINE = 64
-HALVES = (torch.float16, torch.bfloat16)
-FAST_HALF = torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether the CPU's own half-precision products are worth using for many rows; else they are made in float32, and rounded once."""
+HALF_UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+"""What a CPU must have for products of many rows in a half precision to be fast, as torch names it."""
+OLDER_PROBES = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), torch.float16: ("_is_amx_fp16_supported",)}
+"""The same, of torch versions that have no list of capabilities."""
 WORTH_WIDENING = 4
-"""From so many rows on, products in float32 of widened weights are faster than half-precision ones of a CPU without units for them."""
+"""From so many rows on, products in float32 of upcast weights are faster than half-precision ones of a CPU without units for them."""
 FEW_ROWS = 12
+
+
+def has_half_units(dtype: torch.dtype) -> bool:
+    """Whether the CPU's own products in `dtype` are worth using for many rows; else they are made in float32, and rounded once."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(unit, False) for unit in HALF_UNITS[dtype])
+    return any(hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)() for probe in OLDER_PROBES[dtype])
+
+
+FAST_HALVES = frozenset(dtype for dtype in HALVES if has_half_units(dtype))
 Fetch = Callable[[], AbstractContextManager[torch.Tensor]]
 
 
 class WorkSpace:
-    """Where blocks of weights are widened; one for a model, used by one step at a time (cats/turns.py)."""
+    """Where blocks of weights are upcast; one for a model, used by one step at a time (cats/turns.py)."""
 
     def __init__(self) -> None:
         self._numbers = torch.empty(0)
@@ -37,7 +52,7 @@ class WorkSpace:
         """Bytes held."""
         return self._numbers.nbytes
 
-    def widened(self, block_RK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def upcast(self, block_RK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`block_RK` in `dtype` on a cache line; valid until the next call."""
         if self._numbers.dtype != dtype or self._numbers.numel() < block_RK.numel():
             self._numbers = torch.empty(block_RK.numel(), dtype=dtype)
@@ -52,7 +67,8 @@ class Linear(nn.Module):
     Attributes:
         weight: [R, K]; on the meta device where `fetch` brings it.
         bias: [R] or None.
-        fetch: opens a context with the weight, for as long as one product takes; None where the weight is resident.
+        fetch: opens a context with the weight as stored, for as long as one product takes; None where the weight is resident.
+        held: the dtype that a fetched weight is rounded to.
     """
 
     weight: torch.Tensor
@@ -62,37 +78,54 @@ class Linear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.work = weight, bias, work
         self.fetch: Fetch | None = None
+        self.held: torch.dtype | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[.., K] -> [.., R], in the dtype of `x`."""
         if self.fetch is None:
             return project(x, self.weight, self.bias, self.work)
         with self.fetch() as weight:
-            return project(x, weight, self.bias, self.work)
+            return project(x, weight, self.bias, self.work, self.held)
 
 
-def project(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None, work: WorkSpace) -> torch.Tensor:
-    """`x W^T + b` in the dtype of `x`; see the module."""
+class Embedding(nn.Module):
+    """An embedding table with the parameter name of `nn.Embedding`, perhaps narrower than the arithmetic."""
+
+    weight: torch.Tensor
+
+    def __init__(self, weight_VD: torch.Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self._dtype = weight_VD, dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [..] -> states [.., D] in the compute dtype."""
+        return functional.embedding(ids, self.weight).to(self._dtype)
+
+
+def project(
+    x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None, work: WorkSpace, held: torch.dtype | None = None
+) -> torch.Tensor:
+    """`x W^T + b` in the dtype of `x`, the weight rounded to `held` first; see the module."""
     if not weight_RK.is_cpu or x.requires_grad:
-        return functional.linear(x, weight_RK.to(x.dtype), bias)
+        return functional.linear(x, rounded(weight_RK, held).to(x.dtype), bias)
     if x.dtype in HALVES:
-        weight_RK = weight_RK.to(x.dtype)  # rounded before it is widened, as a resident weight is when it is loaded
-        if FAST_HALF or x.numel() < WORTH_WIDENING * x.shape[-1]:
+        weight_RK = rounded(weight_RK, held).to(x.dtype)  # rounded before it is upcast, as a resident weight is when it is loaded
+        if x.dtype in FAST_HALVES or x.numel() < WORTH_WIDENING * x.shape[-1]:
             return functional.linear(x, weight_RK, bias)
         wide = project(x.float(), weight_RK, None, work).to(x.dtype)
         return wide if bias is None else wide + bias
     if weight_RK.numel() <= BLOCK:
-        return functional.linear(x, ready(weight_RK, x.dtype, work), bias)
-    out = in_blocks(x, weight_RK, work)
+        return functional.linear(x, ready(rounded(weight_RK, held), x.dtype, work), bias)
+    out = in_blocks(x, weight_RK, work, held)
     return out if bias is None else out + bias
 
 
-def in_blocks(x: torch.Tensor, weight_RK: torch.Tensor, work: WorkSpace) -> torch.Tensor:
-    """`x W^T` with a weight that is widened block by block."""
+def in_blocks(x: torch.Tensor, weight_RK: torch.Tensor, work: WorkSpace, held: torch.dtype | None) -> torch.Tensor:
+    """`x W^T` with a weight that is rounded and upcast block by block."""
     x_TK, threads = x.reshape(-1, x.shape[-1]), torch.get_num_threads()
     rows = max(BLOCK // weight_RK.shape[1] // threads, 1) * threads
     blocks = (weight_RK[start : start + rows] for start in range(0, len(weight_RK), rows))
-    out_TR = torch.cat([times_block(x_TK, ready(block, x.dtype, work)) for block in blocks], dim=1)
+    out_TR = torch.cat([times_block(x_TK, ready(rounded(block, held), x.dtype, work)) for block in blocks], dim=1)
     return out_TR.view(*x.shape[:-1], len(weight_RK))
 
 
@@ -112,13 +145,16 @@ def times_block(x_TK: torch.Tensor, block_RK: torch.Tensor) -> torch.Tensor:
 def ready(block_RK: torch.Tensor, dtype: torch.dtype, work: WorkSpace) -> torch.Tensor:
     """The block itself where it can be multiplied as it lies, else a copy in the work space."""
     fits = block_RK.dtype == dtype and block_RK.data_ptr() % CACHE_LINE == 0
-    return block_RK if fits else work.widened(block_RK, dtype)
+    return block_RK if fits else work.upcast(block_RK, dtype)
 
 
-def work_bytes(numbers: int, stored: Iterable[torch.dtype], compute: torch.dtype) -> int:
-    """Bytes that `project` takes on a CPU beside weights of up to `numbers` numbers: blocks; in half precision, a rounded copy."""
+def work_bytes(numbers: int, stored: Iterable[torch.dtype], held: torch.dtype, compute: torch.dtype) -> int:
+    """Bytes that `project` takes on a CPU beside weights of up to `numbers`: blocks; rounded ones; in half precision, a whole copy."""
     blocks = min(BLOCK, numbers) * max(compute.itemsize, torch.float32.itemsize)
-    return blocks + (numbers * compute.itemsize if compute in HALVES and set(stored) - {compute} else 0)
+    if compute in HALVES:
+        return blocks + (numbers * compute.itemsize if set(stored) - {compute} else 0)
+    rounds = any(not is_exact(dtype, held) for dtype in stored)
+    return blocks + (min(BLOCK, numbers) * held.itemsize if rounds else 0)
 
 
 def replace_projections(module: nn.Module, work: WorkSpace) -> None:

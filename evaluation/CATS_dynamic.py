@@ -230,7 +230,7 @@ def metrics_of(plan: Plan, subject: Subject) -> dict[str, Any]:
     del together["committed_per_step"]  # the runs hold it
     if plan.args.baseline:
         together["baseline"] = compare(all_records, all_plain, shape, greedy)
-    return {"model_id": plan.args.model_id, "bench": plan.args.bench_name, "all": together, "runs": runs}
+    return {"model_id": plan.args.model_id, "bench": plan.args.bench_name, "caveats": subject.caveats, "all": together, "runs": runs}
 
 
 def report(metrics: dict[str, Any]) -> str:
@@ -243,7 +243,7 @@ def report(metrics: dict[str, Any]) -> str:
         text += f", {plain['speed_up']:.2f} x plain decoding"
     if plain and plain["identical"] is not None:
         text += f", identical to plain {plain['identical']} of {plain['compared']}"
-    return text + "\n"
+    return "; ".join((text, *metrics["caveats"])) + "\n"
 
 
 @exit_with_sentence
@@ -253,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes, device = start_processes(choose_device(plan.args.device))
     if processes.is_main_process:
         sys.stderr.write(f"{len(plan.questions)} questions of {plan.source.description}\n")
-    subject = load_subject(plan.args.model_path, plan.adapters, plan.text, plan.args.dtype, device, plan.memory)
+    args = plan.args
+    subject = load_subject(args.model_path, plan.adapters, plan.text, args.dtype, device, plan.memory, args.compute_dtype)
     if plan.args.ledger and processes.is_main_process:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
     if not plan.args.keep_going:

@@ -64,10 +64,10 @@ class Cell:
         """What its answers were made with."""
         return self.answers.with_suffix(".settings.json")
 
-    def write_settings(self, shape: ModelShape) -> None:
+    def write_settings(self, shape: ModelShape, caveats: Sequence[str]) -> None:
         """Say what the answers that follow are made with, unless a run that this one takes up has said it."""
         if not self.answers.exists():
-            about = {"settings": self.settings, "shape": dataclasses.asdict(shape), "environment": environment()}
+            about = {"settings": self.settings, "shape": dataclasses.asdict(shape), "caveats": caveats, "environment": environment()}
             write_json(self.settings_file, about)
 
 
@@ -104,7 +104,7 @@ def fill(cell: Cell, subject: Subject, config: GenerationConfig, processes: Proc
         cell.questions,
         Asking(subject.text, config),
         processes,
-        on_start=lambda: cell.write_settings(subject.shape(cell.method)),
+        on_start=lambda: cell.write_settings(subject.shape(cell.method), subject.caveats),
     )
 
 
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         adapters, memory = adapters_for(list(methods.values()), args), chosen_memory(methods.values(), args.max_new_tokens, args)
         cells = make_cells(args, methods, adapters, memory, text)
         processes, device = start_processes(choose_device(args.device))
-        subject = load_subject(args.model_path, adapters, text, args.dtype, device, memory)
+        subject = load_subject(args.model_path, adapters, text, args.dtype, device, memory, args.compute_dtype)
         if args.ledger and processes.is_main_process:
             sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
         subject.check_prompts([question for cell in cells for question in cell.questions])

@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import GenerationConfig as TransformersConfig
 
 from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
-from cats.checkpoint import parse_dtype
+from cats.checkpoint import DTYPES
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
+from cats.dtypes import HALVES, NEAR_TIES
+from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.records import sha256
 from cats.settings import as_record
 from cats.text import ModelText
@@ -58,11 +60,11 @@ def first_difference(expected: Sequence[int], found: Sequence[int]) -> Differenc
 
 
 class Reference:
-    """The same checkpoint as plain transformers runs it."""
+    """The same checkpoint as plain transformers runs it, rounded to the dtype that `base` holds and computed in the one it computes in."""
 
-    def __init__(self, model_path: str, dtype: str, device: torch.device, eos_token_ids: Sequence[int]):
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=parse_dtype(dtype))
-        self.model = loaded.to(device).eval()  # type: ignore[arg-type]
+    def __init__(self, model_path: str, base: EarlyExitLlamaForCausalLM, eos_token_ids: Sequence[int]):
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=base.held_dtype)
+        self.model = loaded.to(base.device, base.dtype).eval()  # type: ignore[arg-type]
         self.ends = {"eos_token_id": list(eos_token_ids) or None, "pad_token_id": 0}
         # The checkpoint's own generation settings (penalties, a length) must not mix in.
         self.model.generation_config = TransformersConfig(**self.ends)
@@ -161,8 +163,7 @@ class Comparison:
 def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
     """Check everything that needs no weights; the first fault raises `CatsError`. Records go to `folder` where no output is asked for."""
     methods = dict(PRESETS) if args.all_methods else parse_presets(args.methods)
-    if args.dtype not in ("float32", "float64"):
-        raise CatsError(f"--dtype {args.dtype} lets near ties flip with the number of rows in a pass; compare in float32 or float64.")
+    refuse_half(DTYPES.get(args.compute_dtype))
     for length in args.max_new_tokens:
         GenerationConfig(max_new_tokens=length)
     adapters = adapters_for(list(methods.values()), args)
@@ -174,13 +175,20 @@ def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
     return comparison
 
 
+def refuse_half(compute: torch.dtype | None) -> None:
+    """Raise `CatsError` where a difference would not be a fault."""
+    if compute in HALVES:
+        raise CatsError(f"{NEAR_TIES}; compare with --compute-dtype float32 or float64.")
+
+
 def compare_all(comparison: Comparison, processes: Processes, device: torch.device) -> None:
     """One record per prompt that has none yet, shared among the processes."""
     args, text = comparison.args, comparison.text
-    subject = load_subject(args.model_path, comparison.adapters, text, args.dtype, device, comparison.memory)
+    subject = load_subject(args.model_path, comparison.adapters, text, args.dtype, device, comparison.memory, args.compute_dtype)
+    refuse_half(subject.model.base.dtype)
     if args.ledger and processes.is_main_process:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
-    reference = Reference(args.model_path, args.dtype, device, subject.text.end_token_ids)
+    reference = Reference(args.model_path, subject.model.base, subject.text.end_token_ids)
     done = {record["question_id"] for record in read_records(comparison.records)}
     waiting = [prompt for prompt in comparison.prompts if prompt.question_id not in done]
     processes.wait_for_everyone()

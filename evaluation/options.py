@@ -22,7 +22,9 @@ def add_model_flags(parser: argparse.ArgumentParser, model_path_required: bool =
     for name in ADAPTERS:
         group.add_argument(f"--{name}-adapter-path", help=f"directory of the {name} adapter, for methods that use it")
         group.add_argument(f"--{name}-layer", type=int, help=f"exit layer of the {name} adapter (default: what its config.json says)")
-    group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="of weights and arithmetic (default: as stored)")
+    group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="that weights are held in (default: as config.json says)")
+    arithmetic = "of the arithmetic (default: float32 on a CPU, elsewhere --dtype)"
+    group.add_argument("--compute-dtype", default="auto", choices=(*DTYPES, "auto"), help=arithmetic)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is some, else cpu)")
     add_memory_flags(parser)
     group.add_argument(

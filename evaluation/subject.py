@@ -26,6 +26,7 @@ from cats import (
     load,
 )
 from cats.checkpoint import weight_files
+from cats.dtypes import HALVES, NEAR_TIES
 from cats.trace import StepTrace
 from evaluation.metrics import ModelShape
 from evaluation.options import Adapters
@@ -66,6 +67,11 @@ class Subject:
                     f"{self.model.base.context}; leave the question out, or give --keep-going to record it as failed."
                 )
 
+    @property
+    def caveats(self) -> list[str]:
+        """What every result of this model has to say of itself."""
+        return [NEAR_TIES] if self.model.base.dtype in HALVES else []
+
     def shape(self, method: MethodConfig) -> ModelShape:
         """What the cost formulas of metrics.py need to know for this method."""
         base = self.model.base
@@ -87,10 +93,16 @@ def load_text(model_path: str, template: str | None) -> ModelText:
 
 
 def load_subject(
-    model_path: str, adapters: Adapters, text: ModelText, dtype: str, device: torch.device, memory: MemoryOptions | None = None
+    model_path: str,
+    adapters: Adapters,
+    text: ModelText,
+    dtype: str,
+    device: torch.device,
+    memory: MemoryOptions | None = None,
+    compute_dtype: str = "auto",
 ) -> Subject:
     """Load base and adapters, within `memory` where it is given; whatever does not fit together raises `CatsError`."""
-    model = load(model_path, adapters, dtype=dtype, device=device, memory=memory, template=text.template)
+    model = load(model_path, adapters, dtype=dtype, device=device, memory=memory, template=text.template, compute_dtype=compute_dtype)
     exits = {name: int(adapter.exit_layer or 0) for name, adapter in model.adapters.items()}
     if {"draft", "shallow"} <= exits.keys() and exits["draft"] >= exits["shallow"]:
         raise CatsError(
@@ -110,6 +122,7 @@ def subject_settings(
             for name, (path, layer) in adapters.items()
         },
         "dtype": args.dtype,
+        "compute_dtype": args.compute_dtype,
         "device": choose_device(args.device).type,
         "template": text.template,
     }

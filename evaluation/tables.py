@@ -332,7 +332,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="per answer (default: %(default)s)")
     parser.add_argument("--flash-bandwidth", help="imitate a slower flash, like 2GB/s (default: the disk as it is)")
     parser.add_argument("--ring-buffers", type=int, default=3, help="size of the ring in largest matrices (default: %(default)s)")
-    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="auto", help="of the arithmetic (default: as stored)")
+    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="auto", help="that weights are held in (default: see config.json)")
     parser.add_argument("--template", help="name of the chat template, or a .jinja file (default: the model's own)")
     parser.add_argument("--output", type=Path, required=True, help="result file (.json); a .md table lies beside it")
     return parser.parse_args(argv)

@@ -23,6 +23,7 @@ import cats
 from cats.checkpoint import locate_tensors, weight_files
 from cats.cli.command import exit_with_sentence
 from cats.config import MemoryOptions
+from cats.earlyexit import read_config
 from cats.files import write_atomically
 from cats.methods.base import Method
 from cats.runtime.budget import interpreter_bytes
@@ -106,7 +107,9 @@ def ours(request: Request, method: Method, adapters: dict[str, tuple[str, int | 
             positions=request.prompt_tokens + settings.max_new_tokens,
             nodes=method.max_nodes,
         )
-    model = cats.load(request.model, adapters, dtype=request.dtype, memory=memory)
+    stored = str(read_config(request.model).dtype).removeprefix("torch.")
+    computed = stored if request.dtype == "auto" else request.dtype
+    model = cats.load(request.model, adapters, dtype=request.dtype, memory=memory, compute_dtype=computed)
 
     def steps(prompt: Sequence[int]) -> Iterator[Step]:
         for step in cats.stream(model, prompt, method, settings, acceptance=rule):

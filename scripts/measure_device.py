@@ -132,7 +132,7 @@ def time_layers(model: EarlyExitLlamaForCausalLM, nodes: Sequence[int], context:
 def work_bytes_of(model: EarlyExitLlamaForCausalLM, stored: torch.dtype) -> int:
     """What the runtime charges for the projections' work space."""
     largest = max(weight.numel() for weight in (*model.layers.parameters(), *model.lm_head.parameters()))
-    return work_bytes(largest, [stored], model.dtype) if model.device.type == "cpu" else 0
+    return work_bytes(largest, [stored], stored, model.dtype) if model.device.type == "cpu" else 0
 
 
 def memory_rate(device: torch.device, repeats: int) -> float:

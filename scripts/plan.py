@@ -25,7 +25,7 @@ from cats.planning.profile import AcceptanceProfile, DeviceProfile, load_accepta
 PROFILES = Path(__file__).resolve().parent.parent / "data" / "profiles"
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ARITHMETIC = {2: "bfloat16", 4: "float32", 8: "float64"}
-"""Bytes of one number -> the --dtype that a profile of such arithmetic stands for, where weights are stored otherwise."""
+"""Bytes of one number -> the dtype that a profile of such arithmetic stands for, where weights are stored otherwise."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,8 +70,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
     return config
 
 
-def model_of(args: argparse.Namespace, device: DeviceProfile) -> tuple[ModelSizes, int, int]:
-    """The sizes of the model, its context, and bytes of one stored number."""
+def model_of(args: argparse.Namespace, device: DeviceProfile) -> tuple[ModelSizes, int, str]:
+    """The sizes of the model, its context, and the dtype that it is stored in."""
     config = read_configuration(args.config or args.model_path / "config.json")
     if config.get("num_hidden_layers") == 1 and args.layers is None:
         raise CatsError(
@@ -83,7 +83,7 @@ def model_of(args: argparse.Namespace, device: DeviceProfile) -> tuple[ModelSize
     context = config.get("max_position_embeddings")
     if not isinstance(context, int) or context < 1:
         raise CatsError("the configuration does not say max_position_embeddings; give --budget-positions with a complete config.json.")
-    return sizes_of(config, ITEMSIZES[dtype], device, args.layers), context, ITEMSIZES[dtype]
+    return sizes_of(config, ITEMSIZES[dtype], device, args.layers), context, dtype
 
 
 def fixed_settings(args: argparse.Namespace, context: int) -> dict[str, Any]:
@@ -100,15 +100,24 @@ def fixed_settings(args: argparse.Namespace, context: int) -> dict[str, Any]:
     return fixed
 
 
-def flags_of(choice: Choice, args: argparse.Namespace, stored_itemsize: int) -> list[str]:
+def dtype_flags(compute_itemsize: int, stored: str) -> list[str]:
+    """Flags for arithmetic of so many bytes a number with weights that are stored in `stored`."""
+    if compute_itemsize == ITEMSIZES[stored]:
+        return [f"--compute-dtype {stored}"]
+    if compute_itemsize not in ARITHMETIC:
+        return []
+    computed = ARITHMETIC[compute_itemsize]
+    return [f"--dtype {computed}"] * (compute_itemsize < ITEMSIZES[stored]) + [f"--compute-dtype {computed}"]
+
+
+def flags_of(choice: Choice, args: argparse.Namespace, stored: str) -> list[str]:
     """What to give to evaluation.CATS_dynamic, beside model and adapters."""
     best, memory = choice.best, choice.memory
     flags = [f"--method {best.method.name}"]
     if isinstance(best.method, CascadeConfig):
         flags += [f"--draft-layer {best.exits[0]}", f"--shallow-layer {best.exits[1]}"]
         flags += [f"--{name.replace('_', '-')} {getattr(best.method, name)}" for name in CASCADE_SETTINGS]
-    if memory.demand.compute_itemsize != stored_itemsize and memory.demand.compute_itemsize in ARITHMETIC:
-        flags.append(f"--dtype {ARITHMETIC[memory.demand.compute_itemsize]}")
+    flags += dtype_flags(memory.demand.compute_itemsize, stored)
     if memory.budget_bytes is not None:
         flags += [f"--memory-budget {args.memory_budget.replace(' ', '')}", f"--budget-covers {memory.covers}"]
         flags += [f"--budget-positions {memory.demand.positions}"] if memory.covers == "process" else []
@@ -175,11 +184,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, acceptance = load_device(args.profile), load_acceptance(args.acceptance)
     if args.flash_bandwidth is not None:
         device = replace(device, flash_bytes_per_second=float(parse_amount(args.flash_bandwidth, "--flash-bandwidth")))
-    sizes, context, stored_itemsize = model_of(args, device)
+    sizes, context, stored = model_of(args, device)
     budget = None if args.memory_budget is None else parse_amount(args.memory_budget, "--memory-budget")
     exits = args.shallow_exits or sorted({point.shallow_exit for point in acceptance.points} - {acceptance.draft_exit})
     choice = choose(sizes, device, acceptance, budget, args.budget_covers, exits, fixed_settings(args, context))
-    flags = flags_of(choice, args, stored_itemsize)
+    flags = flags_of(choice, args, stored)
     if args.json:
         others = [priced(candidate, sizes) for candidate in choice.alternatives]
         best = priced(choice.best, sizes)

@@ -2,19 +2,23 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import cats
 from cats.adapter import AdapterModel
-from cats.checkpoint import read_tensor, read_tensors
+from cats.checkpoint import each_tensor, read_tensor
 from cats.earlyexit import EarlyExitLlamaForCausalLM
-from tests.tiny_models import CONTEXT, DRAFT_EXIT, FAMILIES, LAYERS, VOCAB, TinyModel, reload
+from tests.tiny_models import CONTEXT, DRAFT_EXIT, FAMILIES, LAYERS, SIZES, VOCAB, TinyModel, reload
 
+ROOT = Path(__file__).resolve().parent.parent
 Tiny = Callable[[str], TinyModel]
 IDS = torch.tensor([[3, 5, 7, 11, 13]])
 
@@ -81,8 +85,67 @@ def test_logits_are_transformers_own(tiny: Tiny, family: str) -> None:
         torch.testing.assert_close(ours, theirs, atol=tolerance * float(theirs.abs().max()), rtol=0)
 
 
+def test_snapshots_of_a_hub_cache_are_links_out_of_their_directory(base: Path, tmp_path: Path) -> None:
+    expected = logits(base)
+    as_shards(base, "safetensors", lambda tensors, path: save_file(tensors, path))
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for place, path in enumerate(base.iterdir()):
+        blob = path.rename(tmp_path / f"blob{place}")
+        (snapshot / path.name).symlink_to(Path("..") / blob.name)
+    torch.testing.assert_close(logits(snapshot), expected)
+
+
+LOADING = """
+import json, pathlib, sys
+import torch
+torch.set_num_threads(1)
+import cats
+
+def peak():
+    return int(dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())["VmHWM"].split()[0]) * 1024
+
+cats.load(sys.argv[1])  # imports what loading imports
+found = {}
+for directory in sys.argv[2:]:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    model = cats.load(directory, dtype="float32")
+    found[directory] = peak() - before
+    del model
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads and resets the peak memory of a process in /proc")
+def test_loading_takes_one_copy_and_one_shard(tiny: Tiny, tmp_path: Path) -> None:
+    """From outside, in a fresh process; shards hold 16 MB each, everything 160 MB."""
+    config = LlamaConfig(**(SIZES | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9, "vocab_size": 2000}))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "safetensors", max_shard_size="17MB")
+    whole = sum(weight.nbytes for weight in model.parameters())
+    shutil.copytree(tmp_path / "safetensors", tmp_path / "bin")
+    as_pickles(tmp_path / "bin")
+    shards = [path.stat().st_size for path in (tmp_path / "bin").glob("*.bin")]
+    command = [sys.executable, "-c", LOADING, str(tiny("llama").base), str(tmp_path / "bin"), str(tmp_path / "safetensors")]
+    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout)
+    assert len(shards) > 6
+    for directory, grown in found.items():
+        assert grown < whole + max(shards) + 24 * 10**6, directory
+
+
+def as_pickles(directory: Path) -> None:
+    """The same shards, each as a pickle."""
+    index = directory / "model.safetensors.index.json"
+    for path in directory.glob("*.safetensors"):
+        torch.save(load_file(path), path.with_suffix(".bin"))
+        path.unlink()
+    (directory / "pytorch_model.bin.index.json").write_text(index.read_text().replace(".safetensors", ".bin"))
+    index.unlink()
+
+
 def test_one_tensor_is_read_alone_or_named_as_missing(base: Path) -> None:
-    torch.testing.assert_close(read_tensor(base, "lm_head.weight"), read_tensors(base)["lm_head.weight"])
+    torch.testing.assert_close(read_tensor(base, "lm_head.weight"), dict(each_tensor(base))["lm_head.weight"])
     with pytest.raises(cats.CatsError, match=r"no tensor lm_tail\.weight"):
         read_tensor(base, "lm_tail.weight")
 
@@ -94,6 +157,12 @@ def cut(path: Path) -> None:
 def change_config(directory: Path, **fields: object) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def escape(base: Path, shard: object) -> None:
+    """An index whose shard can be reached, but not by a name inside the directory."""
+    names = load_file(base / "model.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
 
 
 BASE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -118,6 +187,9 @@ BASE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
         r"names the shard gone\.safetensors",
     ),
+    "a shard outside": (lambda base: escape(base, "../base/model.safetensors"), "'../base/model.safetensors', which is no file inside"),
+    "an absolute shard": (lambda base: escape(base, str(base / "model.safetensors")), "which is no file inside its directory"),
+    "a shard by number": (lambda base: escape(base, 7), "the shard 7, which is no file inside its directory"),
 }
 
 
@@ -130,7 +202,7 @@ def test_a_faulty_base_is_refused_by_name(base: Path, fault: str) -> None:
 
 
 ADAPTER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nowhere": (shutil.rmtree, "cannot read"),
+    "nowhere": (shutil.rmtree, "there is no directory"),
     "cut short": (lambda draft: cut(draft / "model.safetensors"), "cut short"),
     "a tensor less": (lambda draft: rewrite(draft / "model.safetensors", lambda t: t.pop("norm.weight")), r"lacks the tensor norm\.weight"),
     "a tensor more": (lambda draft: rewrite(draft / "model.safetensors", lambda t: t.update(x=torch.ones(1))), "has a tensor x"),

@@ -85,7 +85,7 @@ def test_a_recorded_difference_is_reported_with_status_1_and_nothing_is_compared
 def test_another_model_differs_where_its_logits_do(tmp_path: Path, speaking: TinyModel) -> None:
     other = speaking_model.build(tmp_path, seed=1)
     subject = load_subject(str(speaking.base), {}, load_text(str(speaking.base), None), "float32", CPU)
-    reference = Reference(str(other.base), "float32", CPU, subject.text.end_token_ids)
+    reference = Reference(str(other.base), subject.model.base, subject.text.end_token_ids)
     prompt = subject.text.prompt_ids("Hi.")
     outcome = compare_prompt(subject, reference, prompt, {"plain": AutoregressiveConfig()}, [3, 20])
     assert outcome["comparisons"] == 2
@@ -98,7 +98,7 @@ def test_another_model_differs_where_its_logits_do(tmp_path: Path, speaking: Tin
 
 def test_answers_end_where_the_context_does(speaking: TinyModel) -> None:
     subject = load_subject(str(speaking.base), {}, load_text(str(speaking.base), None), "float32", CPU)
-    reference = Reference(str(speaking.base), "float32", CPU, ())
+    reference = Reference(str(speaking.base), subject.model.base, ())
     methods = {"plain": AutoregressiveConfig(), "lookup": PRESETS["prompt_lookup"]}
     prompt = [5 + place % 200 for place in range(subject.model.base.context - 3)]
     assert compare_prompt(subject, reference, prompt, methods, [1, 3, 50])["differences"] == []
@@ -107,7 +107,7 @@ def test_answers_end_where_the_context_does(speaking: TinyModel) -> None:
 
 def test_half_precision_and_bad_prompts_are_refused(tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = [
-        (["--dtype", "float16", "--prompts", "mtbench"], "compare in float32 or float64"),
+        (["--compute-dtype", "float16", "--prompts", "mtbench"], "compare with --compute-dtype float32 or float64"),
         (["--prompts", str(tmp_path / "absent.json")], "cannot read conversations"),
         (["--prompts", str(tmp_path / "absent.jsonl")], "cannot read the question file"),
         (["--prompts", "mtbench", "--max-new-tokens", "0"], "max-new-tokens is 0"),

@@ -48,3 +48,45 @@ def test_gradients_pass_through() -> None:
     x = drawn(2, WIDTH, dtype=torch.float32, seed=7).requires_grad_()
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.float().sum(0).expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("units", "fast"),
+    [
+        ({"avx512_f", "avx2"}, ()),
+        ({"avx512_f", "avx512_bf16"}, (torch.bfloat16,)),
+        ({"amx_bf16", "amx_tile"}, (torch.bfloat16,)),
+        ({"avx512_bf16", "avx512_fp16"}, (torch.bfloat16, torch.float16)),
+        ({"amx_fp16"}, (torch.float16,)),
+    ],
+)
+def test_a_cpu_is_asked_for_units_of_each_half_precision(
+    monkeypatch: pytest.MonkeyPatch, units: set[str], fast: tuple[torch.dtype, ...]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
+    assert tuple(dtype for dtype in (torch.bfloat16, torch.float16) if cats.linear.has_half_units(dtype)) == fast
+
+
+def test_older_versions_of_torch_are_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_fp16_supported", raising=False)
+    assert cats.linear.has_half_units(torch.bfloat16)
+    assert not cats.linear.has_half_units(torch.float16)
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float16])
+def test_only_a_fast_half_precision_is_multiplied_as_it_is(monkeypatch: pytest.MonkeyPatch, fast: torch.dtype) -> None:
+    monkeypatch.setattr(cats.linear, "FAST_HALVES", frozenset({fast}))
+    multiplied, linear = [], torch.nn.functional.linear
+
+    def watch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        multiplied.append(weight.dtype)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watch)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, weight = drawn(1, 40, WIDTH, dtype=dtype, seed=8), 0.1 * drawn(131, WIDTH, dtype=dtype, seed=9)
+        expected = x.double() @ weight.double().T
+        torch.testing.assert_close(project(x, weight, None, WorkSpace()).double(), expected, atol=HALF_TOLERANCE, rtol=HALF_TOLERANCE)
+        assert multiplied.pop() == (dtype if dtype == fast else torch.float32)

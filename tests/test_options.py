@@ -104,12 +104,27 @@ def test_a_resume_with_other_settings_is_refused(here: Path, speaking: TinyModel
     common = [*paths(speaking, "draft"), "--method", "kangaroo", "--model-id", "m", "--question-file", asked, "--device", "cpu"]
     CATS_dynamic.main([*common, "--max-new-tokens", "5", "--output-dir", "out"])
     before = Path("out/0.jsonl").read_bytes()
-    for change, named in ((["--steps", "3"], "method.steps 6"), (["--temperature", "0.5"], "temperature 0.0"), (["--seed", "4"], "seed 0")):
+    dtypes = ((["--dtype", "float16"], "dtype 'auto'"), (["--compute-dtype", "float64"], "compute_dtype 'auto'"))
+    others = ((["--steps", "3"], "method.steps 6"), (["--temperature", "0.5"], "temperature 0.0"), (["--seed", "4"], "seed 0"))
+    for change, named in (*others, *dtypes):
         with pytest.raises(SystemExit) as ended:
             CATS_dynamic.main([*common, "--max-new-tokens", "5", "--output-dir", "out", *change])
         assert ended.value.code == 2
         assert named in capsys.readouterr().err
     assert Path("out/0.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("computed", "warned"), [("auto", False), ("float16", True)])
+def test_half_precision_is_computed_only_where_asked_and_says_so(
+    here: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str], computed: str, warned: bool
+) -> None:
+    flags = ["--dtype", "float16", "--compute-dtype", computed]
+    asked = questions(here, ("Hi.",))
+    common = [*paths(speaking), "--method", "prompt_lookup", "--model-id", "m", "--question-file", asked, "--max-new-tokens", "5"]
+    CATS_dynamic.main([*common, "--output-dir", "out", "--device", "cpu", *flags])
+    caveats = json.loads(Path("out/verification_metrics.json").read_text())["caveats"]
+    assert bool(caveats) == warned
+    assert ("near ties" in capsys.readouterr().out) == warned
 
 
 def test_a_prompt_longer_than_the_context_is_named_or_recorded(

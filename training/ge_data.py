@@ -188,7 +188,10 @@ def provenance(arguments: argparse.Namespace, base: EarlyExitLlamaForCausalLM) -
         names += ["max_new_tokens", "temperature", "top_p", "seed"]
     facts = {name: getattr(arguments, name) for name in names}
     model = {"model": arguments.model_path.name, "layers": base.layer_count, "width": base.config.hidden_size}
-    return model | {"base_dtype": str(base.dtype), "data_sha256": sha256(arguments.data_path), "regenerate": arguments.regenerate} | facts
+    model["base_dtype"] = str(base.dtype)
+    if base.held_dtype != base.dtype:
+        model["held_dtype"] = str(base.held_dtype)
+    return model | {"data_sha256": sha256(arguments.data_path), "regenerate": arguments.regenerate} | facts
 
 
 def states_description(arguments: argparse.Namespace, base: EarlyExitLlamaForCausalLM) -> dict[str, object]:

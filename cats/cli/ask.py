@@ -38,7 +38,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="that weights are held in; auto is what config.json says (default: %(default)s)")
+    parser.add_argument("--compute-dtype", default="auto", help="of the arithmetic (default: float32 on a CPU, elsewhere --dtype)")
     parser.add_argument("--device", default="cpu")
     add_memory_flags(parser)
     parser.add_argument("--stop", action="append", default=[], help="end the answer after this text (may be given several times)")
@@ -86,7 +87,8 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
     method = cats.build_method(config)
     memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
     chosen = needed_adapters(arguments, adapters, name, method.adapters)
-    return cats.load(path, chosen, arguments.dtype, arguments.device, memory, arguments.template), config
+    dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}
+    return cats.load(path, chosen, device=arguments.device, memory=memory, template=arguments.template, **dtypes), config
 
 
 def answer(arguments: argparse.Namespace, prompt: str) -> None:

@@ -1,7 +1,8 @@
 """A base model under a memory plan: what stays is read into arenas once, the rest passes through the ring in every pass.
 
-Weights are held and streamed as they are stored; what becomes of half precision is `cats/linear.py`'s matter. The
-embedding table is not held: its rows are read when their tokens occur (unless it is the head as well).
+Weights are streamed as they are stored, and held so where the held dtype has the same values (cats/dtypes.py); what becomes of
+half precision is `cats/linear.py`'s matter. The embedding table is not held: its rows are read when their tokens occur
+(unless it is the head as well).
 """
 
 import weakref
@@ -16,13 +17,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cats.adapter import AdapterModel
-from cats.checkpoint import TensorPlace, check_tensors, locate_tensors, parse_dtype
+from cats.checkpoint import UNUSED_ENTRIES, TensorPlace, check_tensors, locate_tensors
 from cats.config import MemoryOptions
+from cats.dtypes import compute_dtype, held_dtype, narrowest, rounded
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
 from cats.families import family_of, usable_context
 from cats.kv_cache import head_dim
-from cats.linear import Linear, WorkSpace, replace_projections, work_bytes
+from cats.linear import Embedding, Linear, WorkSpace, replace_projections, work_bytes
 from cats.planning.plan import Demand, MemoryPlan, ModelSizes, amount, held, plan_memory
 from cats.runtime.arena import PAGE_BYTES, Arena
 from cats.runtime.budget import Ledger
@@ -45,13 +47,21 @@ class PlannedWeights:
     Attributes:
         plan: which matrices are held, which streamed.
         ledger: what was granted and taken.
+        held_dtype: that values are rounded to, where they are stored in another one.
         streamer: None where nothing is streamed.
         bytes_taken: bytes that passes have taken from flash: windows of streamed matrices, and rows of the embedding table.
         wait_seconds: time that passes have waited for streamed matrices.
     """
 
-    def __init__(self, places: Mapping[str, TensorPlace], plan: MemoryPlan, flash_bandwidth: float | None, device: torch.device):
-        self.plan, self.ledger, self.device = plan, Ledger(plan), device
+    def __init__(
+        self,
+        places: Mapping[str, TensorPlace],
+        plan: MemoryPlan,
+        flash_bandwidth: float | None,
+        device: torch.device,
+        held_dtype: torch.dtype,
+    ):
+        self.plan, self.ledger, self.device, self.held_dtype = plan, Ledger(plan), device, held_dtype
         self.bytes_taken, self.wait_seconds = 0, 0.0
         self.places = places
         self._files: dict[Path, DirectFile] = {}
@@ -98,14 +108,15 @@ class PlannedWeights:
         return lines if self.streamer is None else [*lines, f"flash: {self.streamer.link.label}"]
 
     def held(self, name: str, grant: str) -> nn.Parameter:
-        """Read a matrix that stays, as stored, onto the compute device; it is charged to `grant`."""
+        """Read a matrix that stays onto the compute device, as stored, or rounded to the held dtype; it is charged to `grant`."""
         place = self.places[name]
-        self.ledger.charge(grant, held(place.nbytes, self.plan.covers))
-        return nn.Parameter(self._read(name).to(self.device), requires_grad=False)
+        resting = narrowest(place.dtype, self.held_dtype)
+        self.ledger.charge(grant, held(place.nbytes // place.dtype.itemsize * resting.itemsize, self.plan.covers))
+        return nn.Parameter(self._read(name).to(self.device, resting), requires_grad=False)
 
     def small(self, name: str, dtype: torch.dtype) -> nn.Parameter:
         """Read a norm or a bias in the dtype of the arithmetic."""
-        tensor = self._read(name).to(self.device, dtype, copy=True)
+        tensor = rounded(self._read(name), self.held_dtype).to(self.device, dtype, copy=True)
         self.ledger.charge("norms and biases", tensor.nbytes)
         return nn.Parameter(tensor, requires_grad=False)
 
@@ -189,27 +200,21 @@ class EmbeddingRows(nn.Module):
         needed = row.offset + row.nbytes - start
         self._source.file(row.path).read_into(self._arena.view[:length], start, needed, ROW)
         self._source.bytes_taken += length
-        return tensor_in_window(self._arena, 0, row).to(self._dtype, copy=True)
-
-
-class HeldEmbedding(nn.Module):
-    """An embedding table in memory, perhaps narrower than the arithmetic."""
-
-    def __init__(self, weight_VD: nn.Parameter, dtype: torch.dtype):
-        super().__init__()
-        self.weight, self._dtype = weight_VD, dtype
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [..] -> states [.., D] in the compute dtype."""
-        return nn.functional.embedding(ids, self.weight).to(self._dtype)
+        return rounded(tensor_in_window(self._arena, 0, row), self._source.held_dtype).to(self._dtype, copy=True)
 
 
 def load_planned(
-    directory: str | Path, dtype: str, device: torch.device, memory: MemoryOptions, adapters: Sequence[AdapterModel], interpreter: int
+    directory: str | Path,
+    dtypes: tuple[str, str],
+    device: torch.device,
+    memory: MemoryOptions,
+    adapters: Sequence[AdapterModel],
+    interpreter: int,
 ) -> EarlyExitLlamaForCausalLM:
     """Load a checkpoint under `memory`; raises `CatsError` before anything large is read where it cannot fit.
 
     Args:
+        dtypes: held and compute dtype, by name or "auto".
         adapters: those that will be attached; the layers below the latest of their exits stay resident, since drafting and shallow
             verification run on them.
         interpreter: bytes that the process needs by itself.
@@ -225,9 +230,10 @@ def load_planned(
         causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     wanted = {name: tensor.shape for name, tensor in causal_lm.state_dict().items()}
     found = {name: place.shape for name, place in places.items()}
-    names = check_tensors(wanted, found, f"the checkpoint in {directory}", ignored=("rotary_emb.inv_freq",))
-    compute = parse_dtype(dtype, places[HEAD].dtype)
-    sizes = model_sizes(config, places, adapters, compute)
+    names = check_tensors(wanted, found, f"the checkpoint in {directory}", UNUSED_ENTRIES)
+    held_in = held_dtype(dtypes[0], config, places)
+    compute = compute_dtype(dtypes[1], held_in, device)
+    sizes = model_sizes(config, places, adapters, held_in, compute)
     demand = Demand(
         front=max((adapter.exit_layer or 0 for adapter in adapters), default=0),
         adapters=len(adapters),
@@ -239,11 +245,11 @@ def load_planned(
         interpreter_bytes=interpreter,
     )
     plan = plan_memory(sizes, demand, memory.budget_bytes, memory.covers)
-    source = PlannedWeights(places, plan, memory.flash_bandwidth, device)
+    source = PlannedWeights(places, plan, memory.flash_bandwidth, device, held_in)
     work = WorkSpace()
     replace_projections(causal_lm, work)
     place_weights(causal_lm, names, source, compute)
-    return EarlyExitLlamaForCausalLM(causal_lm, config, compute, source, work).eval()
+    return EarlyExitLlamaForCausalLM(causal_lm, config, compute, source, work, held_in).eval()
 
 
 def place_weights(causal_lm: Any, names: Iterable[str], source: PlannedWeights, compute: torch.dtype) -> None:
@@ -255,12 +261,12 @@ def place_weights(causal_lm: Any, names: Iterable[str], source: PlannedWeights, 
         if name in grants:
             owner.weight = source.held(name, grants[name])
         elif isinstance(owner, Linear) and parameter == "weight" and name != HEAD:
-            owner.fetch = partial(source.taking, name)
+            owner.fetch, owner.held = partial(source.taking, name), source.held_dtype
         elif name not in (HEAD, EMBEDDING):
             setattr(owner, parameter, source.small(name, compute))
     causal_lm.lm_head.weight = source.held(HEAD, "lm_head")
     if source.places[EMBEDDING] == source.places[HEAD]:
-        causal_lm.model.embed_tokens = HeldEmbedding(causal_lm.lm_head.weight, compute)
+        causal_lm.model.embed_tokens = Embedding(causal_lm.lm_head.weight, compute)
     else:
         causal_lm.model.embed_tokens = EmbeddingRows(source.places[EMBEDDING], source, compute)
 
@@ -275,16 +281,20 @@ def grants_of(plan: MemoryPlan) -> dict[str, str]:
 
 
 def model_sizes(
-    config: PretrainedConfig, places: Mapping[str, TensorPlace], adapters: Sequence[AdapterModel], compute: torch.dtype
+    config: PretrainedConfig,
+    places: Mapping[str, TensorPlace],
+    adapters: Sequence[AdapterModel],
+    held_in: torch.dtype,
+    compute: torch.dtype,
 ) -> ModelSizes:
-    """Sizes of a checkpoint as stored; layers are equal, so the first speaks for all."""
+    """Sizes of a checkpoint as stored; layers have equal shapes; where they differ in dtype, the widest speaks for all."""
     of_layer = {name.removeprefix("model.layers.0."): place for name, place in places.items() if name.startswith("model.layers.0.")}
-    names = family_of(config.model_type, "the base model").matrices
-    matrices = tuple((matrix, of_layer[f"{matrix}.weight"].nbytes) for matrix in names)
+    names, layers = family_of(config.model_type, "the base model").matrices, range(config.num_hidden_layers)
+    matrices = tuple((matrix, max(places[tensor_name(layer, matrix)].nbytes for layer in layers)) for matrix in names)
     small = [place for name, place in of_layer.items() if name.removesuffix(".weight") not in names]
-    multiplied = (*of_layer.values(), places[HEAD])
+    multiplied = [place for name, place in places.items() if name == HEAD or name.startswith("model.layers.")]
     largest = max(place.nbytes // place.dtype.itemsize for place in multiplied)
-    stored = {place.dtype for place in multiplied} | {adapter.dtype for adapter in adapters}
+    stored = {place.dtype for place in multiplied} | {weight.dtype for adapter in adapters for weight in adapter.parameters()}
     return ModelSizes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -295,6 +305,6 @@ def model_sizes(
         other_layer_bytes=sum(place.nbytes // place.dtype.itemsize * compute.itemsize for place in small),
         lm_head_bytes=places[HEAD].nbytes,
         adapter_bytes=max((adapter.nbytes for adapter in adapters), default=0),
-        widen_bytes=work_bytes(largest, stored, compute),
+        widen_bytes=work_bytes(largest, stored, held_in, compute),
         rotary_numbers=usable_context(config) * head_dim(config),
     )
