@@ -39,7 +39,7 @@ from evaluation.subject import Subject, load_subject, load_text, subject_setting
 from evaluation.timing import environment
 
 PLAIN = "autoregressive"
-SHARED = ("model", "dtype", "device", "template", "max_new_tokens", "memory")
+SHARED = ("model", "dtype", "compute_dtype", "device", "template", "max_new_tokens", "memory")
 """Settings that all cells of a table have in common."""
 
 
