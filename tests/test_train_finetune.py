@@ -79,7 +79,7 @@ def test_stored_and_on_the_fly_give_the_same_losses(speaking: TinyModel, data: P
     common = ["--model-path", str(speaking.base), "--data-path", str(data), "--length", "320", "--exit-layers", "1", "3", "--cpu"]
     ge_data.main([*common, "--outdir", str(tmp_path / "states"), "--store-dtype", "float32", "--shard-rows", "5"])
     ge_data.main([*common, "--outdir", str(tmp_path / "halves")])
-    bound = ["--steps", "8"]
+    bound = ["--steps", "8", "--init", "fresh"]  # a fitted norm magnifies the last bits in which the two sources differ
     train_finetune.main(arguments(speaking, tmp_path / "stored", "--data-home", str(tmp_path / "states"), *bound))
     train_finetune.main(arguments(speaking, tmp_path / "half", "--data-home", str(tmp_path / "halves"), *bound))
     flying = ["--data-path", str(data), "--rows-from", "conversations", *bound]
