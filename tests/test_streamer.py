@@ -131,8 +131,6 @@ def test_any_order_of_questions_gives_the_right_bytes(tmp_path: Path, open_strea
     for _ in range(300):
         if draw.random() < 0.2:
             place = draw.randrange(len(names))
-        if draw.random() < 0.1:
-            streamer.rewind()
         assert take(streamer, names[place]) == as_bytes(tensors[names[place]])
         place = (place + 1) % len(names)
     assert 0 < streamer.bytes_discarded < streamer.bytes_read
@@ -176,7 +174,6 @@ def test_the_reader_runs_ahead_into_the_next_pass(matrices: dict[str, torch.Tens
     before = streamer.bytes_read
     assert before >= 40_000 * (LAYERS + 2)
     for _ in range(3):
-        streamer.rewind()
         run_pass(streamer, matrices)
     wait_until_quiet(streamer)
     per_pass = sum(window_bytes(streamed.place) for streamed in streamer.order)
@@ -200,9 +197,8 @@ def test_one_tensor_at_a_time(matrices: dict[str, torch.Tensor], open_streamer: 
     streamer = open_streamer("smallest")
     first, second = list(matrices)[:2]
     with streamer.tensor(first) as weight:
-        for misuse in (lambda: take(streamer, second), streamer.rewind):
-            with pytest.raises(RuntimeError, match="still in use"):
-                misuse()
+        with pytest.raises(RuntimeError, match="still in use"):
+            take(streamer, second)
         assert as_bytes(weight) == as_bytes(matrices[first])
     with pytest.raises(KeyError):
         take(streamer, "lm_head.weight")
@@ -214,7 +210,6 @@ def test_an_exception_inside_a_block_does_no_harm(matrices: dict[str, torch.Tens
     for name in list(matrices)[:3]:
         with pytest.raises(ZeroDivisionError), streamer.tensor(name):
             raise ZeroDivisionError
-    streamer.rewind()
     run_pass(streamer, matrices)
 
 

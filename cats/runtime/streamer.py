@@ -208,11 +208,6 @@ class Streamer:
                 self._reader.release(self._held)
                 self._held = None
 
-    def rewind(self) -> None:
-        """Make the first tensor of the pass the next one; costs nothing if it is."""
-        self._refuse_second()
-        self._reader.go_to(0)
-
     def close(self) -> None:
         """End the reader and close the files; a wait in another thread ends with an error. An unreachable streamer closes itself."""
         self._close()
