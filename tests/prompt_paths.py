@@ -18,8 +18,8 @@ QUESTION = "What is 2+2?"
 ANSWER = "Four."
 
 
-class PromptShownError(Exception):
-    """Ends a command once it has shown its prompt."""
+class PromptShownError(BaseException):
+    """Ends a command once it has shown its prompt; not one of the faults that a command reports."""
 
 
 @contextmanager
