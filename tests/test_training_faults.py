@@ -172,7 +172,7 @@ def test_adapter_templates_that_do_not_fit(
     if template is not None:
         own = json.loads((speaking.draft / "config.json").read_text())
         path.write_text(template if isinstance(template, str) else json.dumps(own | template))
-    flags = ["--data-path", str(data), "--steps", "1", "--configpath", str(path)]
+    flags = ["--data-path", str(data), "--steps", "1", "--configpath", str(path), "--init", "base"]
     assert expected in sentence(capsys, train_finetune.main, training_flags(speaking, tmp_path / "out", *flags))
 
 
