@@ -41,7 +41,8 @@ _cats_environment() {
         rm -f "$log"
         printf '%s\n' "$wanted" >"$stamp"
     fi
-    export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
+    # Bytecode is kept, whatever the caller's environment says: without it every start compiles torch and transformers anew, for 6 s.
+    export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH" PYTHONDONTWRITEBYTECODE=
     hash -r
 }
 
