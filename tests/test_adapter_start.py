@@ -12,6 +12,7 @@ from cats.adapter import BLOCK_FIELD, BLOCKS, AdapterModel
 from cats.earlyexit import read_config
 from cats.errors import CatsError
 from tests.tiny_models import TinyModel
+from training import train_finetune
 from training.adapter_start import fit_norms, starting_adapters
 from training.dataset import Batch
 from training.frozen_head import FrozenHead
@@ -77,3 +78,11 @@ def test_an_unknown_block_and_one_that_would_do_nothing_are_refused(speaking: Ti
     path.write_text(json.dumps(json.loads(path.read_text()) | {BLOCK_FIELD: "moe"}))
     with pytest.raises(CatsError, match=f"must be {' or '.join(BLOCKS)}"):
         AdapterModel.from_pretrained(tmp_path)
+
+
+def test_samples_that_would_do_nothing_are_refused(speaking: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model-path", str(speaking.base), "--exit-layers", "1", "--data-path", "none.json", "--outdir", str(tmp_path), "--cpu"]
+    with pytest.raises(SystemExit) as refused:
+        train_finetune.main([*flags, "--steps", "1", "--topk", "0", "--samples", "64"])
+    assert refused.value.code == 2
+    assert "--topk 0 sums over the whole vocabulary" in capsys.readouterr().err

@@ -243,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = arguments_parser().parse_args(argv)
     arguments.model_path = model_path_of(arguments.model_path)
     run = run_of(arguments)
+    if arguments.samples and run.topk == 0:
+        raise CatsError("--samples draws tokens beside top-k targets, and --topk 0 sums over the whole vocabulary; leave one of them out.")
     if arguments.names and len(arguments.names) != len(run.exits):
         raise CatsError(f"--names gives {len(arguments.names)} names for {len(run.exits)} exits; give one per exit.")
     if arguments.threads:
