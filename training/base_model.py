@@ -36,13 +36,18 @@ def base_device(accelerator: Accelerator, gpu_index: list[int] | None = None) ->
     return torch.device("cuda", number) if visible else accelerator.device
 
 
-def load_base(model_path: Path, dtype: str | None, device: torch.device, length: int) -> EarlyExitLlamaForCausalLM:
-    """The frozen base model; float32 on a CPU and as stored elsewhere, unless `dtype` says otherwise.
+def load_base(
+    model_path: Path, dtype: str | None, device: torch.device, length: int, compute_dtype: str = "auto"
+) -> EarlyExitLlamaForCausalLM:
+    """The frozen base model; held in float32 on a CPU and as stored elsewhere, unless `dtype` says otherwise.
+
+    Args:
+        compute_dtype: of its arithmetic, see `EarlyExitLlamaForCausalLM.from_pretrained`.
 
     Rows longer than its context raise `CatsError`.
     """
     chosen = dtype or ("float32" if device.type == "cpu" else "auto")
-    base = EarlyExitLlamaForCausalLM.from_pretrained(model_path, dtype=chosen, device=device)
+    base = EarlyExitLlamaForCausalLM.from_pretrained(model_path, dtype=chosen, device=device, compute_dtype=compute_dtype)
     if length > base.context:
         raise CatsError(f"--length {length} is more than the {base.context} positions of {model_path}.")
     return base

@@ -61,7 +61,8 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows-from", choices=("conversations", "packed"), default="conversations")
     parser.add_argument("--every-token", action="store_true", help="mark every token to be learnt, not only those of answers")
     parser.add_argument("--shard-rows", type=int, default=16, help="rows in one shard, which is also one forward")
-    parser.add_argument("--dtype", help="dtype of the base; default: float32 on CPU, as stored elsewhere")
+    parser.add_argument("--dtype", help="dtype that the base is held in; default: float32 on CPU, as stored elsewhere")
+    parser.add_argument("--compute-dtype", default="auto", help="dtype of its arithmetic; default: float32 on CPU, else that of --dtype")
     parser.add_argument("--store-dtype", choices=STORE_DTYPES, default="float16")
     parser.add_argument("--targets", type=int, default=0, help="store this many best tokens of the base in the place of its final states")
     parser.add_argument("--dry-run", action="store_true", help="print the estimate and stop")
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = base_device(accelerator, arguments.gpu_index)
     directory = Path(arguments.outdir) / str(arguments.index)
     directory.mkdir(parents=True, exist_ok=True)
-    base = load_base(arguments.model_path, arguments.dtype, device, arguments.length)
+    base = load_base(arguments.model_path, arguments.dtype, device, arguments.length, arguments.compute_dtype)
     chats = own_answers(base, arguments, accelerator, directory) if arguments.regenerate else chosen_conversations(arguments)
     if arguments.text_only:
         return

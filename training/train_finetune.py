@@ -66,7 +66,8 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--rows-from", choices=("packed", "conversations"), default="packed", help="on the fly: cut one stream, or one row per conversation"
     )
     data.add_argument("--every-token", action="store_true", help="learn at every token, not only at answer tokens")
-    data.add_argument("--dtype", default=None, help="dtype of the base; default: float32 on CPU, as stored elsewhere")
+    data.add_argument("--dtype", default=None, help="dtype that the base is held in; default: float32 on CPU, as stored elsewhere")
+    data.add_argument("--compute-dtype", help="dtype of its arithmetic; default: float32 on CPU, that of --dtype elsewhere")
     start = parser.add_argument_group("start and result")
     start.add_argument("--init", choices=INITS, help="random with a final norm fitted to the exit (default), random, or parts of the base")
     start.add_argument("--block", choices=BLOCKS, help="the adapter's layer: attention alone (default), or a decoder block with its MLP")
@@ -127,7 +128,7 @@ def split_conversations(arguments: argparse.Namespace) -> tuple[list[Conversatio
 
 def text_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch.device) -> tuple[RowSource, RowSource]:
     """Training and validation rows that run the frozen base on the fly."""
-    base = load_base(arguments.model_path, arguments.dtype, device, run.length)
+    base = load_base(arguments.model_path, arguments.dtype, device, run.length, arguments.compute_dtype or "auto")
     text = training_text(arguments.model_path, arguments.template)
     train, held = split_conversations(arguments)
     train_rows, held_rows = (
@@ -154,7 +155,7 @@ def sources_of(arguments: argparse.Namespace, run: AdapterRun, device: torch.dev
         raise CatsError("give either --data-path (conversations, trained on the fly) or --data-home (states stored by ge_data).")
     if arguments.data_path:
         return *text_sources(arguments, run, device), sha256(arguments.data_path)
-    for name in ("start", "end", "template", "dtype", "every_token", "validation_path"):
+    for name in ("start", "end", "template", "dtype", "compute_dtype", "every_token", "validation_path"):
         if getattr(arguments, name):
             raise CatsError(f"--{name.replace('_', '-')} was decided when the states were stored; leave it out with --data-home.")
     identity = check_states(arguments.data_home, run.exits, read_config(arguments.model_path).hidden_size)
