@@ -81,7 +81,8 @@ def build_optimizers(adapter: AdapterModel, run: AdapterRun) -> list[tuple[torch
     others = [parameter for parameter in adapter.parameters() if parameter.ndim != 2]
     norms = {"params": others, "weight_decay": 0.0}
     if run.optimizer == "muon":
-        muon = Muon(matrices, lr=run.muon_lr, weight_decay=run.weight_decay)
+        half = torch.bfloat16 if run.precision == "bf16" else None
+        muon = Muon(matrices, lr=run.muon_lr, weight_decay=run.weight_decay, iterate_in=half)
         return [(muon, run.muon_lr), (torch.optim.AdamW([norms], lr=run.lr, betas=BETAS), run.lr)]
     groups = [{"params": matrices, "weight_decay": run.weight_decay}, norms]
     return [(torch.optim.AdamW(groups, lr=run.lr, betas=BETAS), run.lr)]

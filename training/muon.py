@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024) in float32: momentum, orthogonalised by a Newton-Schulz iteration, as the update of a matrix.
+"""Muon (Jordan et al. 2024): momentum, orthogonalised by a Newton-Schulz iteration, as the update of a matrix.
 
-torch.optim.Muon runs the iteration in bfloat16, which CPUs without bfloat16 units do about a hundred times slower than
-float32; this one stays in the parameters' precision and iterates all matrices of one shape in one batch.
+torch.optim.Muon always runs the iteration in bfloat16, which CPUs without bfloat16 units do about a hundred times slower than
+float32; this one stays in the parameters' precision unless told otherwise, and iterates all matrices of one shape in one batch.
 """
 
 from collections import defaultdict
@@ -26,10 +26,22 @@ def orthogonalise(matrices_NRC: torch.Tensor, iterations: int = 5) -> torch.Tens
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for 2-D parameters: Nesterov momentum, decoupled weight decay, step scaled by sqrt(max(1, rows / columns))."""
+    """Muon for 2-D parameters: Nesterov momentum, decoupled weight decay, step scaled by sqrt(max(1, rows / columns)).
 
-    def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    Args:
+        iterate_in: dtype of the Newton-Schulz iteration; None: that of the parameters.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[torch.nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        iterate_in: torch.dtype | None = None,
+    ):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.iterate_in = iterate_in
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -50,6 +62,8 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
             momentum.lerp_(parameter.grad, 1 - group["momentum"])
             directions.append(parameter.grad.lerp(momentum, group["momentum"]))
-        for parameter, direction in zip(parameters, orthogonalise(torch.stack(directions)), strict=True):
+        stacked = torch.stack(directions)
+        turned = orthogonalise(stacked.to(self.iterate_in or stacked.dtype)).to(stacked.dtype)
+        for parameter, direction in zip(parameters, turned, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(direction, alpha=-group["lr"] * scale)
