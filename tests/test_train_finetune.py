@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from training import fine_tune_adapter, ge_data, train_finetune
 from training.adapter_run import AdapterRun
 from training.adapter_trainer import AdapterTrainer
 from training.adapter_update import SKIPPED_IN_A_ROW, AdapterUpdate
+from training.dataset import batch_order
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -174,6 +176,18 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(speaking: TinyM
     update.skipped = 0
     assert math.isfinite(step(1.0))
     assert not torch.equal(before["norm.weight"], adapter.norm.weight)
+
+
+def test_batches_are_of_rows_of_like_length_and_hold_every_row_once() -> None:
+    lengths = np.random.default_rng(0).integers(20, 400, 1001)
+    order = batch_order(lengths, 12, epoch=3, seed=5)
+    assert sorted(order) == list(range(1001))
+    batches = [lengths[order[start : start + 12]] for start in range(0, 1001, 12)]
+    assert sum(len(batch) * batch.max() for batch in batches) < 1.1 * lengths.sum()  # rows as they come: 1.72 times as much
+    firsts = [int(batch[0]) for batch in batches]
+    assert firsts != sorted(firsts)
+    assert (order == batch_order(lengths, 12, 3, 5)).all()
+    assert (order != batch_order(lengths, 12, 4, 5)).any()
 
 
 def test_the_schedule_counts_optimizer_steps() -> None:

@@ -24,7 +24,7 @@ from cats.files import write_atomically
 from training.adapter_run import AdapterRun
 from training.adapter_update import AdapterUpdate
 from training.agreement import measure
-from training.dataset import RowSource, row_order
+from training.dataset import RowSource, batch_order, row_order
 from training.objective import Objective
 
 
@@ -111,7 +111,7 @@ class AdapterTrainer:
     def micro_batches(self) -> Iterator[np.ndarray]:
         """This process's rows of the current optimizer step, `run.rows` at a time."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
-        order = row_order(len(self.source), epoch, self.run.seed)
+        order = batch_order(self.source.lengths, self.rows_per_step, epoch, self.run.seed)
         rows = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         for start in range(0, len(mine), self.run.rows):

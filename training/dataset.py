@@ -16,6 +16,8 @@ from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.errors import CatsError
 from training.chat_tokens import ChatTokens
 
+SORTED_BATCHES = 32
+
 
 @dataclass(frozen=True)
 class BestTokens:
@@ -51,6 +53,11 @@ class RowSource(Protocol):
 
     exits: tuple[int, ...]
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row."""
+        ...
+
     def __len__(self) -> int:
         """Number of rows."""
         ...
@@ -63,6 +70,21 @@ class RowSource(Protocol):
 def row_order(count: int, epoch: int, seed: int) -> np.ndarray:
     """A permutation of `count` rows that depends on seed and epoch only."""
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch_order(lengths: np.ndarray, rows: int, epoch: int, seed: int) -> np.ndarray:
+    """A permutation of rows, to be cut into batches of `rows`, of which each holds rows of nearly equal length, so that little is padded.
+
+    Rows are shuffled, sorted by length within stretches of `SORTED_BATCHES` batches, and the batches are shuffled again. The last batch,
+    perhaps a smaller one, stays the last. Depends on lengths, seed and epoch only.
+    """
+    order = row_order(len(lengths), epoch, seed)
+    stretch = SORTED_BATCHES * rows
+    stretches = (order[start : start + stretch] for start in range(0, len(order), stretch))
+    order = np.concatenate([rows_of[np.argsort(lengths[rows_of], kind="stable")] for rows_of in stretches])
+    whole = len(order) // rows
+    shuffled = np.random.default_rng([seed, epoch, rows]).permutation(whole)
+    return np.concatenate([order[: whole * rows].reshape(whole, rows)[shuffled].reshape(-1), order[whole * rows :]])
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,11 @@ class TextSource:
 
     def __init__(self, rows: TokenRows, base: EarlyExitLlamaForCausalLM, exits: Sequence[int]):
         self.rows, self.base, self.exits = rows, base, tuple(exits)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """See `RowSource`."""
+        return self.rows.lengths
 
     def __len__(self) -> int:
         return len(self.rows.starts)

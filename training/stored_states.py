@@ -104,6 +104,11 @@ class StoredSource:
         self._open: OrderedDict[int, Any] = OrderedDict()
         self.has_best = "best_indices" in self._shard(0).keys()  # noqa: SIM118 - safe_open is no mapping
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """See `RowSource`."""
+        return np.asarray(self.length_R[self.rows])
+
     def __len__(self) -> int:
         return len(self.rows)
 

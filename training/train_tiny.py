@@ -38,6 +38,8 @@ from training.muon import Muon
 SPECIALS = ("<unk>", "<s>", "</s>")
 # Words with their leading space, digits one at a time (sums are then learnable), runs of marks, runs of spaces (code).
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]{1,4}|\s*\n+|\s+(?!\S)|\s+"
+
+
 @dataclass(frozen=True)
 class TinyRun:
     """Everything that decides a training run."""
