@@ -252,7 +252,7 @@ def check_bytes(found: dict[str, Any], source: PlannedWeights) -> None:
 
 def planned_bytes(source: PlannedWeights, nodes: float) -> float:
     """Bytes that one pass takes from flash: the windows of what is streamed, and one row of the embedding table per node."""
-    streamed = sum(window_bytes(source.places[tensor_name(*matrix)]) for matrix in source.plan.streamed)
+    streamed = sum(window_bytes(source.places[tensor_name(piece)]) for piece in source.plan.streamed)
     table = source.places[EMBEDDING]
     if table == source.places[HEAD]:
         return streamed

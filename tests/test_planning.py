@@ -129,16 +129,15 @@ def test_node_slots_are_the_methods_own_bound(config: CascadeConfig) -> None:
 
 def simulated(sizes: ModelSizes, memory: MemoryPlan, rate: float, work: Work) -> float:
     """Seconds of a cycle of the real ring: windows of whole matrices, first in first out, contiguous, read as soon as there is room."""
-    bytes_of = dict(sizes.matrices)
-    passed = [(layer, name) for layer in range(memory.demand.front, sizes.layers) for name in bytes_of]
-    per_byte = work.layers / sum(bytes_of[name] for _, name in passed)
+    passed = [piece for piece in sizes.pieces if piece.layer >= memory.demand.front]
+    per_byte = work.layers / sum(piece.nbytes for piece in passed)
     streamed, clock, read_until, head, ends = set(memory.streamed), 0.0, 0.0, 0, []
     live: list[tuple[int, int, float]] = []
     for _ in range(6):
         clock += work.draft + work.shallow
-        for matrix in passed:
-            nbytes = bytes_of[matrix[1]]
-            if matrix in streamed:
+        for piece in passed:
+            nbytes = piece.nbytes
+            if piece in streamed:
                 length = window(nbytes)
                 head = 0 if head + length > memory.ring_bytes else head
                 in_the_way = [place for place in live if place[0] < head + length and place[1] > head]

@@ -153,7 +153,7 @@ def test_pinned_matrices_are_spread_over_the_pass(tiny: Tiny) -> None:
     least = smallest(tiny("llama"))
     everything = plan_of(streamed(tiny("llama"), cats.MemoryOptions(10**9, "weights"))).charged
     plan = plan_of(streamed(tiny("llama"), cats.MemoryOptions((least + everything) // 2, "weights", ring_buffers=1)))
-    per_layer = [sum(layer == index for layer, _ in plan.streamed) for index in range(SHALLOW_EXIT, LAYERS)]
+    per_layer = [sum(piece.layer == index for piece in plan.streamed) for index in range(SHALLOW_EXIT, LAYERS)]
     assert max(per_layer) - min(per_layer) <= 2
 
 

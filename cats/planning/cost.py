@@ -116,10 +116,9 @@ def busy_share(sizes: ModelSizes, plan: MemoryPlan) -> float:
     """Share of the target pass's arithmetic (in bytes of weights) between its first streamed matrix and its last, that one left out."""
     if not plan.streamed:
         return 0.0
-    every = [(layer, name) for layer in range(plan.demand.front, sizes.layers) for name, _ in sizes.matrices]
-    bytes_of = dict(sizes.matrices)
+    every = [piece for piece in sizes.pieces if piece.layer >= plan.demand.front]
     first, last = every.index(plan.streamed[0]), every.index(plan.streamed[-1])
-    return sum(bytes_of[name] for _, name in every[first:last]) / sum(bytes_of[name] for _, name in every)
+    return sum(piece.nbytes for piece in every[first:last]) / sum(piece.nbytes for piece in every)
 
 
 def read_ahead(sizes: ModelSizes, plan: MemoryPlan) -> int:
@@ -127,13 +126,12 @@ def read_ahead(sizes: ModelSizes, plan: MemoryPlan) -> int:
 
     Half a matrix of the ring is counted as lost, for what is too small at the ring's end to hold the next one.
     """
-    bytes_of = dict(sizes.matrices)
     room, ahead = plan.ring_bytes, 0
-    for _, name in plan.streamed:
-        room -= window(bytes_of[name])
+    for piece in plan.streamed:
+        room -= window(piece.nbytes)
         if room < 0:
             break
-        ahead += bytes_of[name]
+        ahead += piece.nbytes
     return max(min(ahead, plan.ring_bytes - largest_window(sizes) // 2), 0)
 
 

@@ -6,6 +6,7 @@ the budget leaves beyond that pins further matrices. They are spread evenly over
 of it there is something to compute and something to read. A cyclic scan defeats any cache that evicts, so the set is fixed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cats.errors import BudgetError, CatsError
@@ -16,7 +17,55 @@ COVERS = ("process", "weights")
 PREFILL_ROWS = 512
 SAMPLING_BYTES = 32
 """What choosing a token takes per logit, at most: sampling with top-p sorts probabilities in float32, with indices of 8 bytes."""
-Matrix = tuple[int, str]
+EXACT_PRECISION = "exact"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of bytes that is in one place as a whole: a matrix of a layer, or a part of one.
+
+    Attributes:
+        nbytes: as stored, which is what a stream moves.
+        held: bytes in memory where the piece is resident; less than `nbytes` where it is rounded when it is loaded.
+        part: which part of its matrix: "exact" is all of it, as it was published.
+        precisions: of the views that need it; `EXACT_PRECISION` is the exact pass's.
+    """
+
+    layer: int
+    matrix: str
+    nbytes: int
+    held: int
+    part: str = "exact"
+    precisions: frozenset[str] = frozenset({EXACT_PRECISION})
+
+    @property
+    def sublayer(self) -> tuple[int, str]:
+        """The attention or the MLP that it belongs to: what groups of rows pass through together."""
+        return self.layer, self.matrix.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class View:
+    """Which form of the model a pass runs.
+
+    `EXACT`, the whole model as published, alone decides tokens; every other view drafts.
+
+    Attributes:
+        precision: which pieces of the weights it multiplies by.
+        attention, mlp: layers whose attention, or MLP, it leaves out (CAS-Spec, the paper's layer sparsity).
+    """
+
+    precision: str = EXACT_PRECISION
+    attention: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+    def needs(self, piece: Piece) -> bool:
+        """Whether a pass through all layers multiplies by `piece`."""
+        layer, sublayer = piece.sublayer
+        return self.precision in piece.precisions and layer not in (self.attention if sublayer == "self_attn" else self.mlp)
+
+
+EXACT = View()
 
 
 @dataclass(frozen=True)
@@ -30,6 +79,7 @@ class ModelSizes:
         kv_width: kv_heads * head_dim.
         widen_bytes: work space of the projections (cats/linear.py).
         rotary_numbers: positions of the context by head_dim: the cosines of a rotary table.
+        stored: every piece of the layers, in the order of the exact pass; where none is given, layers are equal and `matrices` whole.
     """
 
     layers: int
@@ -43,6 +93,12 @@ class ModelSizes:
     adapter_bytes: int
     widen_bytes: int = 0
     rotary_numbers: int = 0
+    stored: tuple[Piece, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Every piece of the layers, in the order of the exact pass."""
+        return self.stored or tuple(Piece(layer, name, size, size) for layer in range(self.layers) for name, size in self.matrices)
 
     @property
     def layer_bytes(self) -> int:
@@ -63,6 +119,7 @@ class Demand:
         pinning: False is the paper's way: nothing beyond the front stays.
         compute_itemsize: bytes of one number in caches and activations.
         interpreter_bytes: the process before any weight is loaded.
+        views: that the method drafts with; what they need is resident.
     """
 
     front: int = 0
@@ -73,6 +130,11 @@ class Demand:
     pinning: bool = True
     compute_itemsize: int = 4
     interpreter_bytes: int = 0
+    views: tuple[View, ...] = ()
+
+    def keeps(self, piece: Piece) -> bool:
+        """Whether `piece` must be resident: drafting multiplies by it."""
+        return (piece.layer < self.front and EXACT.needs(piece)) or any(view.needs(piece) for view in self.views)
 
 
 @dataclass(frozen=True)
@@ -83,8 +145,8 @@ class MemoryPlan:
         demand: what was asked.
         budget_bytes: None: no limit, everything resident.
         covers: "process", or "weights": the paper's way, which leaves out interpreter, caches and activations.
-        pinned: matrices held, those of the front included.
-        streamed: matrices read once per target pass, in the order of use.
+        pinned: pieces held, those that drafting needs included.
+        streamed: pieces read once per target pass, in the order of use.
         ring_bytes: 0 where nothing is streamed.
         charges: what each part of memory was charged with; sums to at most the budget.
     """
@@ -92,8 +154,8 @@ class MemoryPlan:
     demand: Demand
     budget_bytes: int | None
     covers: str
-    pinned: frozenset[Matrix]
-    streamed: tuple[Matrix, ...]
+    pinned: frozenset[Piece]
+    streamed: tuple[Piece, ...]
     ring_bytes: int
     streamed_bytes: int
     charges: tuple[tuple[str, int], ...] = field(default=())
@@ -109,27 +171,37 @@ def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, cov
     if covers not in COVERS:
         raise CatsError(f"a budget covers {' or '.join(COVERS)}, not {covers!r}.")
     fixed = fixed_charges(sizes, demand, covers)
-    every = [(layer, name) for layer in range(sizes.layers) for name, _ in sizes.matrices]
-    bytes_of = dict(sizes.matrices)
-    total = sum(held(bytes_of[name], covers) for _, name in every)
-    front = [matrix for matrix in every if matrix[0] < demand.front]
-    behind = every[len(front) :]
+    used = [piece for piece in sizes.pieces if demand.keeps(piece) or EXACT.needs(piece)]
+    total = resident_bytes(used, covers)
     limit = float("inf") if budget_bytes is None else budget_bytes
-    if demand.pinning and sum(nbytes for _, nbytes in fixed) + arena(total, covers) <= limit:
-        return MemoryPlan(demand, budget_bytes, covers, frozenset(every), (), 0, 0, (*fixed, ("all layers", arena(total, covers))))
-    ring = ring_bytes(sizes, demand)
-    front_bytes = arena(sum(held(bytes_of[name], covers) for _, name in front), covers)
-    needed = [*fixed, (f"layers [0, {demand.front})", front_bytes), ("ring", arena(ring, covers))]
+    if demand.pinning and sum(nbytes for _, nbytes in fixed) + total <= limit:
+        return MemoryPlan(demand, budget_bytes, covers, frozenset(used), (), 0, 0, (*fixed, ("all layers", total)))
+    front = [piece for piece in used if demand.keeps(piece)]
+    behind = [piece for piece in used if not demand.keeps(piece)]
+    ring = ring_bytes(behind, demand)
+    needed = [*fixed, (front_name(demand), resident_bytes(front, covers)), ("ring", arena(ring, covers))]
     left = limit - sum(nbytes for _, nbytes in needed)
     if left < 0:
         raise BudgetError(refusal(sizes, demand, int(limit), covers, needed))
     room = int(left) // arena(1, covers) * arena(1, covers) if demand.pinning else 0
-    extra = spread([(matrix, held(bytes_of[matrix[1]], covers)) for matrix in behind], room)
-    streamed = tuple(matrix for matrix in behind if matrix not in extra)
-    extra_bytes = sum(held(bytes_of[name], covers) for _, name in extra)
-    charges = tuple((name, nbytes) for name, nbytes in (*needed, ("pinned behind the front", arena(extra_bytes, covers))) if nbytes)
-    streamed_bytes = sum(bytes_of[name] for _, name in streamed)
+    extra = spread([(piece, held(piece.held, covers)) for piece in behind], room)
+    streamed = tuple(piece for piece in behind if piece not in extra)
+    charges = tuple((name, nbytes) for name, nbytes in (*needed, (BEHIND, resident_bytes(extra, covers))) if nbytes)
+    streamed_bytes = sum(piece.nbytes for piece in streamed)
     return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, streamed_bytes, charges)
+
+
+BEHIND = "pinned behind the front"
+
+
+def front_name(demand: Demand) -> str:
+    """What the ledger calls the pieces that drafting needs."""
+    return f"layers [0, {demand.front})" + (" and draft views" if demand.views else "")
+
+
+def resident_bytes(pieces: Iterable[Piece], covers: str) -> int:
+    """What holding these pieces is charged."""
+    return arena(sum(held(piece.held, covers) for piece in pieces), covers)
 
 
 def fixed_charges(sizes: ModelSizes, demand: Demand, covers: str) -> list[tuple[str, int]]:
@@ -169,9 +241,9 @@ def activation_bytes(sizes: ModelSizes, demand: Demand) -> int:
     return states + (demand.nodes + 1) * sizes.vocab * (demand.compute_itemsize + SAMPLING_BYTES)
 
 
-def ring_bytes(sizes: ModelSizes, demand: Demand) -> int:
-    """Bytes of the ring: so many of the largest matrix's windows."""
-    return demand.ring_buffers * max(window(nbytes) for _, nbytes in sizes.matrices)
+def ring_bytes(pieces: Iterable[Piece], demand: Demand) -> int:
+    """Bytes of the ring: so many of the largest window that may pass through it."""
+    return demand.ring_buffers * max((window(piece.nbytes) for piece in pieces), default=0)
 
 
 def window(nbytes: int) -> int:
@@ -189,21 +261,21 @@ def arena(nbytes: int, covers: str) -> int:
     return -(-nbytes // HUGE_PAGE) * HUGE_PAGE if covers == "process" else nbytes
 
 
-def spread(matrices: list[tuple[Matrix, int]], room: int) -> frozenset[Matrix]:
-    """Choose matrices of at most `room` bytes in all, evenly along the list; then fill what is left with whatever fits."""
-    total = sum(nbytes for _, nbytes in matrices)
-    chosen: set[Matrix] = set()
+def spread(pieces: list[tuple[Piece, int]], room: int) -> frozenset[Piece]:
+    """Choose pieces of at most `room` bytes in all, evenly along the list; then fill what is left with whatever fits."""
+    total = sum(nbytes for _, nbytes in pieces)
+    chosen: set[Piece] = set()
     quota = left = min(room, total)
     share, credit = (quota / total if total else 0.0), 0.0
-    for matrix, nbytes in matrices:
+    for piece, nbytes in pieces:
         credit += nbytes * share
         if credit >= nbytes / 2 and nbytes <= left:
-            chosen.add(matrix)
+            chosen.add(piece)
             credit -= nbytes
             left -= nbytes
-    for matrix, nbytes in sorted(matrices, key=lambda entry: -entry[1]):
-        if matrix not in chosen and nbytes <= left:
-            chosen.add(matrix)
+    for piece, nbytes in sorted(pieces, key=lambda entry: -entry[1]):
+        if piece not in chosen and nbytes <= left:
+            chosen.add(piece)
             left -= nbytes
     return frozenset(chosen)
 

@@ -25,7 +25,7 @@ from cats.errors import CatsError
 from cats.families import family_of, usable_context
 from cats.kv_cache import head_dim
 from cats.linear import Embedding, Linear, WorkSpace, replace_projections, work_bytes
-from cats.planning.plan import Demand, MemoryPlan, ModelSizes, amount, held, plan_memory
+from cats.planning.plan import BEHIND, Demand, MemoryPlan, ModelSizes, Piece, amount, front_name, held, plan_memory
 from cats.runtime.arena import PAGE_BYTES, Arena
 from cats.runtime.budget import Ledger
 from cats.runtime.direct_file import DirectFile, read_tensor_into, tensor_in_window, window, window_bytes
@@ -36,9 +36,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROW = "a row of the embedding table"
 
 
-def tensor_name(layer: int, matrix: str) -> str:
+def tensor_name(piece: Piece) -> str:
     """Name on disk."""
-    return f"model.layers.{layer}.{matrix}.weight"
+    return f"model.layers.{piece.layer}.{piece.matrix}.weight"
 
 
 class PlannedWeights:
@@ -74,8 +74,8 @@ class PlannedWeights:
             )
         if plan.streamed:
             if flash_bandwidth is not None:
-                check_rate(flash_bandwidth, measure_read_rate(places[tensor_name(*plan.streamed[0])].path))
-            order = [Streamed(name, places[name]) for name in (tensor_name(*matrix) for matrix in plan.streamed)]
+                check_rate(flash_bandwidth, measure_read_rate(places[tensor_name(plan.streamed[0])].path))
+            order = [Streamed(name, places[name]) for name in map(tensor_name, plan.streamed)]
             self.streamer = Streamer(order, plan.ring_bytes, Link(flash_bandwidth))
             self.ledger.charge("ring", plan.ring_bytes)
             if device.type == "cuda":
@@ -274,10 +274,8 @@ def place_weights(causal_lm: Any, names: Iterable[str], source: PlannedWeights, 
 def grants_of(plan: MemoryPlan) -> dict[str, str]:
     """Name of every held matrix of a layer -> the grant that it is charged to."""
     if not plan.streamed:
-        return {tensor_name(*matrix): "all layers" for matrix in plan.pinned}
-    front = plan.demand.front
-    in_front, behind = f"layers [0, {front})", "pinned behind the front"
-    return {tensor_name(layer, matrix): in_front if layer < front else behind for layer, matrix in plan.pinned}
+        return {tensor_name(piece): "all layers" for piece in plan.pinned}
+    return {tensor_name(piece): front_name(plan.demand) if plan.demand.keeps(piece) else BEHIND for piece in plan.pinned}
 
 
 def model_sizes(
@@ -287,14 +285,15 @@ def model_sizes(
     held_in: torch.dtype,
     compute: torch.dtype,
 ) -> ModelSizes:
-    """Sizes of a checkpoint as stored; layers have equal shapes; where they differ in dtype, the widest speaks for all."""
+    """Sizes of a checkpoint as stored; piece by piece."""
     of_layer = {name.removeprefix("model.layers.0."): place for name, place in places.items() if name.startswith("model.layers.0.")}
     names, layers = family_of(config.model_type, "the base model").matrices, range(config.num_hidden_layers)
-    matrices = tuple((matrix, max(places[tensor_name(layer, matrix)].nbytes for layer in layers)) for matrix in names)
+    stored = tuple(piece_of(layer, matrix, places, held_in) for layer in layers for matrix in names)
+    matrices = tuple((matrix, max(piece.nbytes for piece in stored if piece.matrix == matrix)) for matrix in names)
     small = [place for name, place in of_layer.items() if name.removesuffix(".weight") not in names]
     multiplied = [place for name, place in places.items() if name == HEAD or name.startswith("model.layers.")]
     largest = max(place.nbytes // place.dtype.itemsize for place in multiplied)
-    stored = {place.dtype for place in multiplied} | {weight.dtype for adapter in adapters for weight in adapter.parameters()}
+    dtypes = {place.dtype for place in multiplied} | {weight.dtype for adapter in adapters for weight in adapter.parameters()}
     return ModelSizes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -305,6 +304,13 @@ def model_sizes(
         other_layer_bytes=sum(place.nbytes // place.dtype.itemsize * compute.itemsize for place in small),
         lm_head_bytes=places[HEAD].nbytes,
         adapter_bytes=max((adapter.nbytes for adapter in adapters), default=0),
-        widen_bytes=work_bytes(largest, stored, held_in, compute),
+        widen_bytes=work_bytes(largest, dtypes, held_in, compute),
         rotary_numbers=usable_context(config) * head_dim(config),
+        stored=stored,
     )
+
+
+def piece_of(layer: int, matrix: str, places: Mapping[str, TensorPlace], held_in: torch.dtype) -> Piece:
+    """A whole matrix as a piece."""
+    place = places[f"model.layers.{layer}.{matrix}.weight"]
+    return Piece(layer, matrix, place.nbytes, place.nbytes // place.dtype.itemsize * narrowest(place.dtype, held_in).itemsize)
