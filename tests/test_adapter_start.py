@@ -13,7 +13,7 @@ from cats.earlyexit import read_config
 from cats.errors import CatsError
 from tests.tiny_models import TinyModel
 from training import train_finetune
-from training.adapter_start import fit_norms, starting_adapters
+from training.adapter_start import FITTED, fit_norms, starting_adapters
 from training.dataset import Batch
 from training.frozen_head import FrozenHead
 from training.objective import Objective
@@ -32,15 +32,16 @@ def test_a_fitted_norm_is_never_worse_than_chance(speaking: TinyModel, objective
     objective.head.lm_head_VD = 3 * objective.head.lm_head_VD / objective.head.lm_head_VD.std()
     batch = Batch({1: scale * torch.randn(2, 60, 32)}, torch.randn(2, 60, 32), torch.ones(2, 60, dtype=torch.bool))
     losses = {}
-    for init in ("fresh", "fitted"):
+    for init in ("fresh", *FITTED):
         adapters = starting_adapters(speaking.base, [1], init, [], 0, None)
-        if init == "fitted":
-            fit_norms(objective, adapters, batch)
+        if init in FITTED:
+            fit_norms(objective, adapters, batch, FITTED[init])
         lesson = objective.learning_target(batch)
         losses[init] = float(objective.learning_loss(adapters[1], batch.hidden[1], lesson).detach()) / len(lesson.target.probabilities)
         assert all(parameter.grad is None for parameter in adapters[1].parameters())
     assert losses["fresh"] > 1.5 * math.log(vocabulary)
-    assert losses["fitted"] <= math.log(vocabulary)
+    assert losses["fitted"] <= losses["fitted-prior"] <= math.log(vocabulary)
+    assert losses["base-fitted"] <= math.log(vocabulary)
 
 
 def test_a_decoder_block_is_llamas_and_survives_the_disk(speaking: TinyModel, tmp_path: Path) -> None:
@@ -80,9 +81,29 @@ def test_an_unknown_block_and_one_that_would_do_nothing_are_refused(speaking: Ti
         AdapterModel.from_pretrained(tmp_path)
 
 
-def test_samples_that_would_do_nothing_are_refused(speaking: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model-path", str(speaking.base), "--exit-layers", "1", "--data-path", "none.json", "--outdir", str(tmp_path), "--cpu"]
+def test_a_prior_keeps_the_gain_smaller(speaking: TinyModel, objective: Objective) -> None:
+    torch.manual_seed(0)
+    batch = Batch({1: torch.randn(1, 12, 32)}, torch.randn(1, 12, 32), torch.ones(1, 12, dtype=torch.bool))
+    sizes = {}
+    for prior in (False, True):
+        adapters = starting_adapters(speaking.base, [1], "fitted", [], 0, None)
+        fit_norms(objective, adapters, batch, prior)
+        sizes[prior] = float(adapters[1].norm.weight.detach().norm())
+    assert 0 < sizes[True] < 0.9 * sizes[False]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--topk", "0", "--samples", "64"], "--topk 0 sums over the whole vocabulary"),
+        (["--init", "fresh", "--init-adapter", "somewhere"], "--init would do nothing"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(
+    speaking: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
+) -> None:
+    fixed = ["--model-path", str(speaking.base), "--exit-layers", "1", "--data-path", "none.json", "--outdir", str(tmp_path), "--cpu"]
     with pytest.raises(SystemExit) as refused:
-        train_finetune.main([*flags, "--steps", "1", "--topk", "0", "--samples", "64"])
+        train_finetune.main([*fixed, "--steps", "1", *flags])
     assert refused.value.code == 2
-    assert "--topk 0 sums over the whole vocabulary" in capsys.readouterr().err
+    assert expected in capsys.readouterr().err

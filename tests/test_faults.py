@@ -352,7 +352,7 @@ def test_too_little_memory_is_the_users_to_mend(error: Exception, capsys: pytest
     "module",
     [
         *("cats.__main__", "evaluation.CATS_dynamic", "evaluation.acceptance_table", "evaluation.correctness", "evaluation.tables"),
-        *("evaluation.live_view", "training.ge_data", "training.train_finetune", "training.fine_tune_adapter", "scripts.compare_training"),
+        *("evaluation.live_view", "training.ge_data", "training.train_finetune", "training.fine_tune_adapter", "training.compare_starts"),
     ],
 )
 def test_every_command_can_show_tracebacks(module: str, capsys: pytest.CaptureFixture[str]) -> None:

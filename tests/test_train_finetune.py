@@ -67,7 +67,7 @@ def test_training_lowers_the_loss_and_writes_loadable_adapters(speaking: TinyMod
     log = log_of(tmp_path / "out")
     assert log["reports"][-1]["step"] == 30
     figures = log["reports"][-1]["validation"]["3"]
-    assert set(figures) == {"loss", "acceptance", "top1", "top2", "top3", "accepted_length", "positions"}
+    assert set(figures) == {"loss", "acceptance", "top1", "top2", "top3", "top5", "accepted_length", "positions"}
     assert 0 < figures["acceptance"] <= 1 <= figures["accepted_length"] <= 6
     assert AdapterModel.from_pretrained(tmp_path / "out" / "draft").exit_layer == 1
     stored = torch.load(tmp_path / "out" / "shallow" / "pytorch_model.bin", weights_only=True)
@@ -75,6 +75,38 @@ def test_training_lowers_the_loss_and_writes_loadable_adapters(speaking: TinyMod
     assert {tensor.dtype for tensor in (*stored.values(), *weights(tmp_path / "out" / "shallow").values())} == {torch.bfloat16}
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))
     assert str(tmp_path) not in (tmp_path / "out" / "draft" / "PROVENANCE.json").read_text()
+
+
+def test_reports_on_the_way_change_nothing_and_survive_a_kill(speaking: TinyModel, data: Path, tmp_path: Path) -> None:
+    flags = ["--data-path", str(data), "--steps", "5"]
+    train_finetune.main(arguments(speaking, tmp_path / "plain", *flags))
+
+    def kill(entry: dict[str, Any]) -> None:
+        if entry["step"] == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        built(speaking, tmp_path / "often", *flags, "--report-steps", "2").train(kill)
+    train_finetune.main(arguments(speaking, tmp_path / "often", *flags, "--report-steps", "2"))
+    assert_same(tmp_path / "plain", tmp_path / "often")
+    log = log_of(tmp_path / "often")
+    assert [report["step"] for report in log["reports"]] == [0, 2, 4, 5]
+    for report in log["reports"]:
+        done = log["steps"][: report["step"]]
+        assert (report["tokens"], report["positions"]) == tuple(sum(step[name] for step in done) for name in ("tokens", "positions"))
+    assert 0 < log["reports"][-1]["positions"] < log["reports"][-1]["tokens"] <= 5 * 4 * 320
+
+
+def test_the_log_counts_stored_tokens_alike(speaking: TinyModel, data: Path, tmp_path: Path) -> None:
+    common = ["--model-path", str(speaking.base), "--data-path", str(data), "--length", "320", "--exit-layers", "1", "3", "--cpu"]
+    ge_data.main([*common, "--outdir", str(tmp_path / "states"), "--shard-rows", "5"])
+    train_finetune.main(arguments(speaking, tmp_path / "stored", "--data-home", str(tmp_path / "states"), "--epochs", "1"))
+    train_finetune.main(arguments(speaking, tmp_path / "fly", "--data-path", str(data), "--rows-from", "conversations", "--epochs", "1"))
+    seen = [{name: log_of(tmp_path / kind)["reports"][-1][name] for name in ("tokens", "positions")} for kind in ("stored", "fly")]
+    assert seen[0] == seen[1]
+    assert log_of(tmp_path / "fly")["adapter_parameters"]["1"] == sum(
+        tensor.numel() for tensor in weights(tmp_path / "fly" / "exit1").values()
+    )
 
 
 def test_stored_and_on_the_fly_give_the_same_losses(speaking: TinyModel, data: Path, tmp_path: Path) -> None:
@@ -245,6 +277,9 @@ def test_a_checkpoint_of_another_run_is_refused(
     with pytest.raises(SystemExit):
         train_finetune.main(arguments(speaking, tmp_path / "out", "--data-path", str(data), "--steps", "2", "--topk", "5", "--lr", "0.1"))
     assert "another topk, lr" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_finetune.main(arguments(speaking, tmp_path / "out", "--data-path", str(data), "--steps", "2", "--block", "decoder"))
+    assert "another block" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from cats.errors import CatsError
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
-INITS = ("fitted", "fresh", "base")
+INITS = ("fitted", "fitted-prior", "fresh", "base", "base-fitted")
 # Settings that may change between a killed run and its continuation, because they do not decide the updates.
-FREE = ("hours", "save_minutes", "validation_rows", "drafts")
+FREE = ("hours", "save_minutes", "validation_rows", "report_steps", "drafts")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class AdapterRun:
         samples: tokens drawn for the loss's normaliser beside all target tokens of the batch; 0 sums over the whole vocabulary.
         epochs, steps, hours: the run ends at whichever comes first; 0 means no bound. Steps are optimizer steps.
         warmup: optimizer steps of linear warm-up.
+        report_steps: optimizer steps between two validations, the first before any step; 0 validates after each epoch and at the end.
         clip: largest gradient norm of one adapter; 0 switches clipping off.
     """
 
@@ -51,6 +52,7 @@ class AdapterRun:
     seed: int = 0
     drafts: int = 5
     validation_rows: int = 64
+    report_steps: int = 0
     save_minutes: float = 3.0
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class AdapterRun:
                 raise CatsError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
         if self.length < 2:
             raise CatsError(f"--length must be at least 2, not {self.length}: the first token of a row is never predicted.")
-        for name in ("topk", "samples", "epochs", "steps", "hours", "warmup", "clip", "lr", "muon_lr", "weight_decay"):
+        for name in ("topk", "samples", "epochs", "steps", "report_steps", "hours", "warmup", "clip", "lr", "muon_lr", "weight_decay"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise CatsError(f"--{name.replace('_', '-')} must be a number of at least 0, not {getattr(self, name)}.")
         if not (self.epochs or self.steps or self.hours):
@@ -74,6 +76,10 @@ class AdapterRun:
         """Optimizer steps after which the run ends; infinity where only hours bound it."""
         bounds = [self.epochs * steps_per_epoch, self.steps]
         return min((bound for bound in bounds if bound), default=math.inf)
+
+    def reports_after(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether adapters are validated after optimizer step `step`, were it not the last."""
+        return step % steps_per_epoch == 0 or bool(self.report_steps and step % self.report_steps == 0)
 
     def progress(self, step: int, seconds: float, steps_per_epoch: int) -> float:
         """0 at the start, 1 at the end: by steps or by hours, whichever is further."""

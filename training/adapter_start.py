@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 from transformers import LlamaConfig, PretrainedConfig
 
 from cats.adapter import BLOCKS, AdapterModel
 from cats.checkpoint import CONFIG_FAULTS, read_tensor
+from cats.cli.progress import live_bar
 from cats.earlyexit import read_config
 from cats.errors import CatsError
 from cats.families import family_of
@@ -18,6 +18,8 @@ from training.dataset import Batch
 from training.objective import Objective
 
 FITTING_ITERATIONS, FITTING_ROWS = 20, 16
+FITTED = {"fitted": False, "fitted-prior": True, "base-fitted": False}
+"""Starts that `fit_norms` completes, and whether with a prior."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,20 +36,27 @@ def fresh_adapter(config: LlamaConfig, exit_layer: int, seed: int) -> AdapterMod
     return adapter
 
 
-def fit_norms(objective: Objective, adapters: Mapping[int, AdapterModel], batch: Batch) -> None:
-    """Fit the final norm's gain of adapters that start as `y = norm(h)`, from 0, where every token is equally likely.
+def fit_norms(objective: Objective, adapters: Mapping[int, AdapterModel], batch: Batch, prior: bool = False) -> None:
+    """Fit the gain of the adapters' final norms, the rest as it is, from 0, where every token is equally likely.
 
-    The loss is convex in the gain, so the start is never worse than chance, however little an early layer's states look
-    like what the head expects. A few L-BFGS iterations on one batch.
+    The loss is convex in the gain, so the start is never worse than chance on this batch, however little an early layer's
+    states look like what the head expects. A few L-BFGS iterations.
+
+    Args:
+        prior: take the gains for normally distributed around 0, as wide as those of the base's own final norm, which keeps
+            a batch of few positions from being learnt by heart.
     """
     lesson = objective.learning_target(batch)
-    for exit_layer, adapter in adapters.items():
-        gain, states_PD = adapter.norm.weight, batch.hidden[exit_layer][lesson.counted_BN].float()
-        unit_PD = functional.rms_norm(states_PD, gain.shape, eps=adapter.norm.variance_epsilon)
+    positions, width = len(lesson.target.probabilities), float(objective.head.norm_D.float().square().mean())
+    pull = 1 / (max(1, positions) * width) if prior else 0.0
+    for exit_layer, adapter in live_bar(adapters.items(), desc="fit norms", unit="exit", leave=False):
+        gain = adapter.norm.weight
         with torch.no_grad():
+            gain.fill_(1)
+            unit_PD = objective.states(adapter, batch.hidden[exit_layer])[lesson.counted_BN].float()
             gain.zero_()
         optimizer = torch.optim.LBFGS([gain], max_iter=FITTING_ITERATIONS, line_search_fn="strong_wolfe")
-        optimizer.step(partial(objective.gain_loss, unit_PD, gain, lesson))
+        optimizer.step(partial(objective.gain_loss, unit_PD, gain, lesson, pull))
         gain.grad = None
 
 
@@ -95,7 +104,8 @@ def starting_adapters(
     """One float32 adapter per exit, ready to train.
 
     Args:
-        init: "base", "fresh" or "fitted" (fresh; `fit_norms` completes it), where no directories are given.
+        init: where no directories are given, "base" or "base-fitted" for parts of the base, else random; `fit_norms` completes
+            those in `FITTED`.
         given: adapter directories to start from, one per exit in the same order; empty for none.
         config_path: an adapter template (data/*_config.json) instead of the configuration derived from the base; one of
             another width is refused.
@@ -118,7 +128,7 @@ def starting_adapters(
         if template is None:
             adapter = AdapterModel.from_pretrained(given[place], exit_layer, dtype="float32")
             check_width(adapter.config, base, f"the adapter in {given[place]}", model_path)
-        elif init == "base":
+        elif init.startswith("base"):
             adapter = adapter_from_base(template, exit_layer, model_path)
         else:
             adapter = fresh_adapter(template, exit_layer, seed)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from cats.adapter import AdapterModel
+from cats.adapter import BLOCK_FIELD, BLOCKS, AdapterModel
 from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
@@ -27,13 +27,15 @@ from training.agreement import measure
 from training.dataset import RowSource, batch_order, row_order
 from training.objective import Objective
 
+VALIDATED_AT_ONCE = 4  # rows whose logits over the whole vocabulary are in memory together
+
 
 class AdapterTrainer:
     """One run over a `RowSource`.
 
     Args:
         adapters: exit layer -> float32 adapter, on the accelerator's device.
-        validation: rows for the report after each epoch and at the end.
+        validation: rows for the reports.
         outdir: holds `checkpoint.pt`; an existing one is continued when it belongs to the same settings and data.
         data: what identifies the data (a hash), compared on resuming.
     """
@@ -57,7 +59,8 @@ class AdapterTrainer:
         self.reports: list[dict[str, Any]] = []
         self.rows_per_step = run.rows * run.accumulate * accelerator.num_processes
         self.steps_per_epoch = -(-len(source) // self.rows_per_step)
-        self.identity = {"rows_per_step": self.rows_per_step, "source_rows": len(source), "data": data}
+        block = {getattr(adapter.config, BLOCK_FIELD, BLOCKS[0]) for adapter in adapters.values()}
+        self.identity = {"rows_per_step": self.rows_per_step, "source_rows": len(source), "data": data, "block": "+".join(sorted(block))}
         if self.path.exists():
             self.load()
 
@@ -74,12 +77,14 @@ class AdapterTrainer:
     ) -> None:
         """Train to the end of the run, or of epoch `stop_epoch` where one is given.
 
-        After each epoch and at the end, a report is made and a checkpoint written. The main process gets every step's
-        entry and every report.
+        After each epoch, each `run.report_steps` and at the end, a report is made and a checkpoint written. The main process
+        gets every step's entry and every report.
         """
         main, saved_at = self.accelerator.is_main_process, time.monotonic()
         last = min(self.run.last_step(self.steps_per_epoch), stop_epoch * self.steps_per_epoch or math.inf)
         total = None if last == math.inf else int(last)
+        if self.step == 0 and self.run.report_steps:
+            self.report(on_report)
         with live_bar(total=total, initial=self.step, unit="step", mininterval=5, disable=not main) as bar:
             while self.progress < 1.0 and self.step < last:
                 entry = self.optimizer_step()
@@ -88,24 +93,29 @@ class AdapterTrainer:
                 bar.set_postfix(losses | {"progress": f"{self.progress:.2f}"}, refresh=False)
                 if main:
                     on_step(entry)
-                ended = self.step % self.steps_per_epoch == 0 or self.progress >= 1.0
-                if ended:
+                due = self.run.reports_after(self.step, self.steps_per_epoch) or self.progress >= 1.0
+                if due:
                     self.report(on_report)
-                if self.agreed(ended or time.monotonic() - saved_at > 60 * self.run.save_minutes):
+                if self.agreed(due or time.monotonic() - saved_at > 60 * self.run.save_minutes):
                     self.save()
                     saved_at = time.monotonic()
 
     def optimizer_step(self) -> dict[str, Any]:
-        """One update of every adapter from the next rows; returns (and logs) step, learning rate, mean losses and gradient norms."""
+        """One update of every adapter from the next rows; returns (and logs) what it did.
+
+        That is the step, the learning rate, mean losses, gradient norms, and how many tokens were seen and how many of them counted.
+        """
         started, scale = time.monotonic(), self.run.lr_scale(self.step, self.progress)
         sums = {exit_layer: torch.zeros((), device=self.accelerator.device) for exit_layer in self.adapters}
-        positions = sum(self.backward(rows, sums) for rows in self.micro_batches())
-        totals = self.across_processes([positions, *(float(value) for value in sums.values())])
+        mine = list(self.micro_batches())
+        seen = [sum(self.backward(rows, sums) for rows in mine), sum(int(self.source.lengths[rows].sum()) for rows in mine)]
+        totals = self.across_processes([*seen, *(float(value) for value in sums.values())])
         norms = {str(exit_layer): update.step(totals[0], scale) for exit_layer, update in self.updates.items()}
         self.step += 1
         self.seconds += self.across_processes([time.monotonic() - started])[0] / self.accelerator.num_processes
-        losses = {str(exit_layer): total / max(1.0, totals[0]) for exit_layer, total in zip(sums, totals[1:], strict=True)}
-        self.log.append({"step": self.step, "lr": scale * self.run.lr, "loss": losses, "gradient_norm": norms})
+        losses = {str(exit_layer): total / max(1.0, totals[0]) for exit_layer, total in zip(sums, totals[2:], strict=True)}
+        seen_by_all = {"positions": int(totals[0]), "tokens": int(totals[1])}
+        self.log.append({"step": self.step, "lr": scale * self.run.lr, "loss": losses, "gradient_norm": norms} | seen_by_all)
         return self.log[-1]
 
     def micro_batches(self) -> Iterator[np.ndarray]:
@@ -142,11 +152,14 @@ class AdapterTrainer:
         """Validation figures of every adapter (see `Agreement.summary`), measured by every process alike, reported by the main one."""
         count = min(len(self.validation), self.run.validation_rows)
         chosen = row_order(len(self.validation), 0, self.run.seed)[:count]
-        batches = (self.validation.batch(chosen[start : start + self.run.rows]) for start in range(0, count, self.run.rows))
+        size, shown = min(self.run.rows, VALIDATED_AT_ONCE), self.accelerator.is_main_process
+        starts = live_bar(range(0, count, size), desc="validate", unit="batch", leave=False, disable=not shown)
+        batches = (self.validation.batch(chosen[start : start + size]) for start in starts)
         figures = measure(self.objective, self.adapters, batches, self.run.drafts)
         by_exit = {str(exit_layer): values for exit_layer, values in figures.items()}
         epoch, hours = self.step / self.steps_per_epoch, self.seconds / 3600
-        self.reports.append({"step": self.step, "epoch": epoch, "hours": hours, "validation": by_exit})
+        seen = {name: sum(entry[name] for entry in self.log) for name in ("positions", "tokens")}
+        self.reports.append({"step": self.step, "epoch": epoch, "hours": hours} | seen | {"validation": by_exit})
         if self.accelerator.is_main_process:
             on_report(self.reports[-1])
 
@@ -169,7 +182,7 @@ class AdapterTrainer:
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise CatsError(f"the checkpoint {self.path} is damaged; delete it to start again, or use another --outdir.") from error
         different = self.run.differences(state["run"])
-        different += [name for name, value in self.identity.items() if state["identity"][name] != value]
+        different += [name for name, value in self.identity.items() if state["identity"].get(name) != value]
         if different:
             raise CatsError(f"{self.path} belongs to a run with another {', '.join(different)}; use the same settings or another --outdir.")
         for exit_layer, update in self.updates.items():

@@ -13,6 +13,8 @@ from cats.adapter import AdapterModel
 from training.dataset import Batch
 from training.objective import Objective
 
+TOPS = (1, 2, 3, 5)
+
 
 @dataclass
 class Agreement:
@@ -26,7 +28,7 @@ class Agreement:
     positions: int = 0
     loss: float = 0.0
     overlap: float = 0.0
-    top: list[int] = field(default_factory=lambda: [0, 0, 0])
+    top: list[int] = field(default_factory=lambda: [0] * len(TOPS))
     passes: int = 0
     committed: int = 0
 
@@ -37,10 +39,10 @@ class Agreement:
         self.loss += loss_sum
         self.overlap += float(torch.minimum(logits_PV.softmax(-1), target_logits_PV.softmax(-1)).sum())
         best_P1 = target_logits_PV.argmax(-1, keepdim=True)
-        hits_P3 = logits_PV.topk(3, dim=-1).indices == best_P1
-        for place in range(3):
-            self.top[place] += int(hits_P3[:, : place + 1].any(-1).sum())
-        self._walk(hits_P3[:, 0], counted_BN)
+        hits_Pk = logits_PV.topk(min(TOPS[-1], logits_PV.shape[-1]), dim=-1).indices == best_P1
+        for place, count in enumerate(TOPS):
+            self.top[place] += int(hits_Pk[:, :count].any(-1).sum())
+        self._walk(hits_Pk[:, 0], counted_BN)
 
     def _walk(self, agrees_P: torch.Tensor, counted_BN: torch.Tensor) -> None:
         agrees_BN = torch.zeros_like(counted_BN)
@@ -52,14 +54,12 @@ class Agreement:
                 self.committed += sum(accepted)
 
     def summary(self) -> dict[str, float]:
-        """Means: loss (nats), acceptance probability sum(min(p, q)), top-1/2/3 agreement, accepted length (1 = plain decoding)."""
+        """Means: loss (nats), acceptance probability sum(min(p, q)), top-1/2/3/5 agreement, accepted length (1 = plain decoding)."""
         count = max(1, self.positions)
         return {
             "loss": self.loss / count,
             "acceptance": self.overlap / count,
-            "top1": self.top[0] / count,
-            "top2": self.top[1] / count,
-            "top3": self.top[2] / count,
+            **{f"top{places}": hits / count for places, hits in zip(TOPS, self.top, strict=True)},
             "accepted_length": self.committed / max(1, self.passes),
             "positions": self.positions,
         }

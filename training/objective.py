@@ -77,10 +77,14 @@ class Objective:
         total: torch.Tensor = HeadLoss.apply(states_PD, lesson.columns, lesson.target, self.block)
         return total
 
-    def gain_loss(self, unit_PD: torch.Tensor, gain_D: torch.Tensor, lesson: Lesson) -> torch.Tensor:
-        """Mean loss of `gain_D * unit_PD` in the place of an adapter's outputs at the counted positions, gradient of the gain included."""
+    def gain_loss(self, unit_PD: torch.Tensor, gain_D: torch.Tensor, lesson: Lesson, pull: float) -> torch.Tensor:
+        """Mean loss of `gain_D * unit_PD` in the place of an adapter's outputs at the counted positions, gradient of the gain included.
+
+        `pull` / 2 times the square of the gain is added to it.
+        """
         gain_D.grad = None
         loss: torch.Tensor = HeadLoss.apply(unit_PD * gain_D, lesson.columns, lesson.target, self.block) / max(1, len(unit_PD))
+        loss = loss + pull / 2 * gain_D.square().sum()
         loss.backward()
         return loss.detach()
 

@@ -28,14 +28,14 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cats.adapter import BLOCKS
+from cats.adapter import BLOCKS, AdapterModel
 from cats.checkpoint import DTYPES
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.earlyexit import read_config
 from cats.errors import CatsError
 from cats.records import sha256
 from training.adapter_run import INITS, OPTIMIZERS, PRECISIONS, SCHEDULES, AdapterRun
-from training.adapter_start import FITTING_ROWS, fit_norms, starting_adapters
+from training.adapter_start import FITTED, FITTING_ROWS, fit_norms, starting_adapters
 from training.adapter_trainer import AdapterTrainer
 from training.base_model import load_base, model_path_of
 from training.chat_tokens import encode_chats, training_text
@@ -69,7 +69,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     data.add_argument("--dtype", default=None, help="dtype that the base is held in; default: float32 on CPU, as stored elsewhere")
     data.add_argument("--compute-dtype", help="dtype of its arithmetic; default: float32 on CPU, that of --dtype elsewhere")
     start = parser.add_argument_group("start and result")
-    start.add_argument("--init", choices=INITS, help="random with a final norm fitted to the exit (default), random, or parts of the base")
+    start.add_argument("--init", choices=INITS, help="where adapters start (default: fitted); see docs/training.md")
     start.add_argument("--block", choices=BLOCKS, help="the adapter's layer: attention alone (default), or a decoder block with its MLP")
     start.add_argument("--init-adapter", nargs="+", default=[], help="adapter directories to start from, one per exit")
     start.add_argument("--configpath", help="adapter template; default: derived from the base")
@@ -105,6 +105,7 @@ def add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int)
     group.add_argument("--drafts", type=int, help="chain length of the simulated accepted length (default 5)")
     group.add_argument("--validation-rows", type=int, help="rows per validation (default 64)")
+    group.add_argument("--report-steps", type=int, help="also validate before the first and after every so many optimizer steps")
     group.add_argument("--save-minutes", type=float)
 
 
@@ -188,9 +189,17 @@ def provenance(trainer: AdapterTrainer, arguments: argparse.Namespace) -> dict[s
         "rows": len(trainer.source),
         "rows_per_step": trainer.rows_per_step,
         "steps_per_epoch": trainer.steps_per_epoch,
+        "vocabulary": len(trainer.objective.head.lm_head_VD),
+        "block": trainer.identity["block"],
+        "adapter_parameters": {str(exit_layer): count_parameters(adapter) for exit_layer, adapter in trainer.adapters.items()},
         "optimizer_steps": trainer.step,
         "hours": trainer.seconds / 3600,
     }
+
+
+def count_parameters(adapter: AdapterModel) -> int:
+    """Numbers that an adapter holds."""
+    return sum(parameter.numel() for parameter in adapter.parameters())
 
 
 def adapter_names(arguments: argparse.Namespace) -> list[str]:
@@ -233,8 +242,8 @@ def build_trainer(arguments: argparse.Namespace, run: AdapterRun, accelerator: A
     head = FrozenHead.read(arguments.model_path, HALVES.get(run.precision, torch.float32), accelerator.device)
     objective = Objective(head, run.topk, run.precision, run.samples)
     trainer = AdapterTrainer(run, adapters, objective, source, validation, accelerator, Path(arguments.outdir), data)
-    if trainer.step == 0 and run.init == "fitted" and not arguments.init_adapter:
-        fit_norms(objective, adapters, source.batch(row_order(len(source), 0, run.seed)[:FITTING_ROWS]))
+    if trainer.step == 0 and run.init in FITTED and not arguments.init_adapter:
+        fit_norms(objective, adapters, source.batch(row_order(len(source), 0, run.seed)[:FITTING_ROWS]), FITTED[run.init])
     return trainer
 
 
@@ -246,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = run_of(arguments)
     if arguments.samples and run.topk == 0:
         raise CatsError("--samples draws tokens beside top-k targets, and --topk 0 sums over the whole vocabulary; leave one of them out.")
+    if arguments.init and arguments.init_adapter:
+        raise CatsError("--init-adapter says where the adapters start, so --init would do nothing; leave one of them out.")
     if arguments.names and len(arguments.names) != len(run.exits):
         raise CatsError(f"--names gives {len(arguments.names)} names for {len(run.exits)} exits; give one per exit.")
     if arguments.threads:
