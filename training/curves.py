@@ -1,66 +1,124 @@
-"""Pictures of a training run: loss, acceptance, agreement, accepted length and learning rate from training_log.json."""
+"""Draw what adapters gain from the tokens they see: figures on held-out rows from the training_log.json of one or several runs.
 
+Beside the picture (.png) stand its points (.json) and a table of the last ones (.md), with the bytes that each adapter holds in
+bfloat16, so that accepted length can be read per byte. Logs hold as many points as the run made reports: see --report-steps
+of train_finetune.
+
+    python -m training.curves runs/attention/training_log.json runs/decoder/training_log.json --output curves.json
+"""
+
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 
+from cats.cli.command import CommandParser, exit_with_sentence
 from cats.errors import CatsError
 from cats.files import write_atomically
-from training.provenance import read_json
+from training.provenance import read_json, write_json
 
 matplotlib.use("Agg")
 
-SMOOTHING = 0.95
+PANELS = {"accepted_length": "accepted length (tokens per target pass)", "top1": "top-1 agreement (share)", "loss": "loss (nats)"}
+FIGURES = ("loss", "top1", "top5", "accepted_length")
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X", "*")
+BF16_BYTES = 2
+Result = dict[str, Any]
 
 
-def draw_curves(log_path: Path, picture: Path) -> None:
-    """Draw one PNG with six panels, one line per exit; a log without steps raises `CatsError`."""
+def points_of(log_path: Path) -> Result:
+    """Block, settings and, per exit, bytes and points of a run; a log without reports, or of before tokens were counted: `CatsError`."""
+    log = read_json(log_path, "training/train_finetune.py")
+    reports = log.get("reports") or []
+    if not reports:
+        raise CatsError(f"{log_path} holds no validation yet; train before drawing.")
+    if "tokens" not in reports[0] or "adapter_parameters" not in log:
+        raise CatsError(f"{log_path} does not say how many tokens the run had seen; it comes from another version, train again.")
+    exits = {}
+    for exit_layer, parameters in log["adapter_parameters"].items():
+        points = [
+            {name: report[name] for name in ("step", "tokens", "positions")}
+            | {name: report["validation"][exit_layer][name] for name in FIGURES}
+            for report in reports
+        ]
+        exits[exit_layer] = {"bytes_bf16": BF16_BYTES * parameters, "points": points}
+    return {"run": log_path.resolve().parent.name, "block": log["block"], "settings": log["run"], "hours": log["hours"], "exits": exits}
+
+
+def publish(log_paths: Sequence[Path], output: Path) -> None:
+    """Write `output` (.json), and beside it the table (.md) and the picture (.png)."""
+    runs = [points_of(path) for path in log_paths]
+    what = "adapters on held-out rows over the tokens seen; accepted length of a simulated greedy chain, 1 = plain decoding"
+    write_json(output, {"what": what, "runs": runs})
+    write_atomically(output.with_suffix(".md"), lambda part: part.write_text(table(runs), encoding="utf-8"))
+    draw(runs, output.with_suffix(".png"))
+
+
+def draw(runs: Sequence[Result], picture: Path) -> None:
+    """One panel per figure; exits differ by marker and by lightness, runs by the kind of line, so that it can be read in grey."""
     from matplotlib import pyplot
 
-    log = read_json(log_path, "training/train_finetune.py")
-    if not log.get("steps"):
-        raise CatsError(f"{log_path} holds no training step yet; train before drawing.")
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    exits = list(log["steps"][0]["loss"])
-    draw_steps(axes[0, 0], log["steps"], exits)
-    for place, (name, title) in zip(((0, 1), (0, 2), (1, 0), (1, 1)), PANELS, strict=True):
-        draw_reports(axes[place], log["reports"], exits, name, title)
-    axes[1, 2].plot([entry["step"] for entry in log["steps"]], [entry["lr"] for entry in log["steps"]])
-    axes[1, 2].set(title="learning rate", xlabel="optimizer step")
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4.4), constrained_layout=True)
+    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
+        draw_panel(axis, runs, name)
+        axis.set(title=f"held-out {title}", xlabel="tokens seen (thousands)", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
     write_atomically(picture, lambda part: figure.savefig(part, format="png", dpi=110))
     pyplot.close(figure)
 
 
-PANELS = (
-    ("loss", "held-out loss (nats)"),
-    ("acceptance", "held-out acceptance probability"),
-    ("top1", "held-out top-1 agreement"),
-    ("accepted_length", "simulated accepted length"),
-)
+def draw_panel(axis: Axes, runs: Sequence[Result], name: str) -> None:
+    """One line per run and exit."""
+    exits = sorted({int(exit_layer) for run in runs for exit_layer in run["exits"]})
+    shades = matplotlib.colormaps["cividis"]
+    for number, run in enumerate(runs):
+        for exit_layer, found in run["exits"].items():
+            place = exits.index(int(exit_layer))
+            axis.plot(
+                [point["tokens"] / 1000 for point in found["points"]],
+                [point[name] for point in found["points"]],
+                linestyle=LINES[number % len(LINES)],
+                marker=MARKERS[place % len(MARKERS)],
+                markersize=4,
+                color=shades(0.85 * place / max(1, len(exits) - 1)),
+                label=f"{run['run']} ({run['block']}), exit {exit_layer}",
+            )
 
 
-def draw_steps(axis: Axes, steps: list[dict[str, Any]], exits: list[str]) -> None:
-    """Training loss of every exit, smoothed."""
-    for exit_layer in exits:
-        axis.plot([entry["step"] for entry in steps], smoothed([entry["loss"][exit_layer] for entry in steps]), label=f"exit {exit_layer}")
-    axis.set(title="training loss (nats, smoothed)", xlabel="optimizer step")
-    axis.legend()
+def table(runs: Sequence[Result]) -> str:
+    """The Markdown file: the last point of every run and exit."""
+    text = (
+        "# Adapters over the tokens seen\n\nThe last point of every run, on held-out rows; every point is in the .json beside this file. "
+        "Accepted length: simulated, greedy chain, 1 = plain decoding. Gain per MB: accepted length - 1, by megabytes held in "
+        "bfloat16.\n\n"
+    )
+    head = ("run", "block", "exit", "MB held", "tokens seen", "of them answers", "top-1", "top-5", "accepted length", "gain per MB")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for run in runs:
+        for exit_layer, found in run["exits"].items():
+            last, megabytes = found["points"][-1], found["bytes_bf16"] / 1e6
+            figures = [f"{last[name]:.3f}" for name in ("top1", "top5", "accepted_length")]
+            gain = f"{(last['accepted_length'] - 1) / megabytes:.3g}"
+            cells = [run["run"], run["block"], exit_layer, f"{megabytes:.3g}", f"{last['tokens']:,}", f"{last['positions']:,}"]
+            lines.append("| " + " | ".join([*cells, *figures, gain]) + " |")
+    return text + "\n".join(lines) + "\n"
 
 
-def draw_reports(axis: Axes, reports: list[dict[str, Any]], exits: list[str], name: str, title: str) -> None:
-    """One validation figure of every exit."""
-    for exit_layer in exits:
-        points = [(report["step"], report["validation"][exit_layer][name]) for report in reports if exit_layer in report["validation"]]
-        axis.plot([step for step, _ in points], [value for _, value in points], marker="o", label=f"exit {exit_layer}")
-    axis.set(title=title, xlabel="optimizer step")
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="training_log.json of a run; a run is called as its folder")
+    parser.add_argument("--output", type=Path, required=True, help="points (.json); the table (.md) and the picture (.png) lie beside it")
+    arguments = parser.parse_args(argv)
+    if arguments.output.suffix != ".json":
+        raise CatsError(f"--output {arguments.output} must end in .json; the table and the picture take its name.")
+    publish(arguments.logs, arguments.output)
 
 
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average that starts at the first value."""
-    averages, average = [], values[0]
-    for value in values:
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        averages.append(average)
-    return averages
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a file, as in the paper's README
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.errors import CatsError
 from training.base_model import model_path_of
-from training.curves import draw_curves
+from training.curves import publish
 from training.regenerate import RESULT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "train" in arguments.stages:
             train(arguments, model, data, extra)
     if "plot" in arguments.stages and arguments.machine_rank == 0:
-        draw_curves(Path(arguments.outdir) / "training_log.json", Path(arguments.outdir) / "curves.png")
+        publish([Path(arguments.outdir) / "training_log.json"], Path(arguments.outdir) / "curves.json")
 
 
 if __name__ == "__main__":
