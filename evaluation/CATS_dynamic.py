@@ -41,20 +41,15 @@ from cats import (
 )
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.method_flags import add_method_flags, chosen_method
+from cats.cli.progress import heartbeat
 from cats.records import sha256
 from cats.settings import as_record
 from cats.text import ModelText
+from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.eval import Asking, Contender, Forward, run_eval
 from evaluation.live_view import LiveView, check_trace_place
 from evaluation.metrics import compare, summarise
-from evaluation.options import (
-    Adapters,
-    adapters_for,
-    add_generation_flags,
-    add_model_flags,
-    chosen_memory,
-    generation_config,
-)
+from evaluation.options import add_generation_flags, add_model_flags, chosen_memory, generation_config
 from evaluation.processes import Processes, choose_device, start_processes
 from evaluation.questions import Question, QuestionFile, read_questions, resolve_bench, select_questions
 from evaluation.record_file import check_settings, read_records, write_json
@@ -79,7 +74,7 @@ class Plan:
 
     args: argparse.Namespace
     method: MethodConfig
-    adapters: Adapters
+    model: ChosenModel
     config: GenerationConfig
     memory: MemoryOptions | None
     questions: list[Question]
@@ -140,7 +135,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check everything that needs no weights; the first fault raises `CatsError`, and nothing has been written."""
     method = chosen_method(args.method, args)
-    adapters = adapters_for([method], args)
+    model = chosen_model([method], args)
     config = generation_config(args)
     memory = chosen_memory([method], config.max_new_tokens, args)
     if args.num_runs < 1:
@@ -152,9 +147,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         check_trace_place(args.trace_file)
     source = QuestionFile(Path(args.question_file)) if args.question_file else resolve_bench(args.bench_name)
     questions = select_questions(read_questions(source.path), args.question_begin, args.question_end)
-    text = load_text(args.model_path, args.template)
-    settings = subject_settings(args, adapters, memory, text) | run_settings(args, method, config, source.path)
-    plan = Plan(args, method, adapters, config, memory, questions, source, output, text, settings)
+    text = load_text(model.directory, args.template)
+    settings = subject_settings(args, model, memory, text) | run_settings(args, method, config, source.path)
+    plan = Plan(args, method, model, config, memory, questions, source, output, text, settings)
     for run in range(args.num_runs):
         check_settings(plan.settings_file(run), plan.settings_of(run), plan.answers(run))
     return plan
@@ -230,7 +225,8 @@ def metrics_of(plan: Plan, subject: Subject) -> dict[str, Any]:
     del together["committed_per_step"]  # the runs hold it
     if plan.args.baseline:
         together["baseline"] = compare(all_records, all_plain, shape, greedy)
-    return {"model_id": plan.args.model_id, "bench": plan.args.bench_name, "caveats": subject.caveats, "all": together, "runs": runs}
+    about = {"model_id": plan.args.model_id, "bench": plan.args.bench_name, "caveats": subject.caveats, "arithmetic": subject.arithmetic}
+    return {**about, "all": together, "runs": runs}
 
 
 def report(metrics: dict[str, Any]) -> str:
@@ -253,8 +249,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes, device = start_processes(choose_device(plan.args.device))
     if processes.is_main_process:
         sys.stderr.write(f"{len(plan.questions)} questions of {plan.source.description}\n")
-    args = plan.args
-    subject = load_subject(args.model_path, plan.adapters, plan.text, args.dtype, device, plan.memory, args.compute_dtype)
+    args, model = plan.args, plan.model
+    with heartbeat(f"loading {model.name}", processes.is_main_process):
+        subject = load_subject(model.directory, model.adapters, plan.text, args.dtype, device, plan.memory, args.compute_dtype)
     if plan.args.ledger and processes.is_main_process:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
     if not plan.args.keep_going:
@@ -264,6 +261,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics = metrics_of(plan, subject)
         write_json(plan.output / "verification_metrics.json", {**metrics, "settings": plan.settings, "environment": environment()})
         sys.stdout.write(report(metrics))
+        end_with_failures(plan)
+
+
+def end_with_failures(plan: Plan) -> None:
+    """End the command where --keep-going left questions without an answer: with status 1 if a bug was the cause, else with 2."""
+    paths = [path for run in range(plan.args.num_runs) for path in (plan.answers(run), plan.baseline(run))]
+    selected = {question.question_id for question in plan.questions}
+    failed = [record for path in paths for record in read_records(path) if "failed" in record and record["question_id"] in selected]
+    if not failed:
+        return
+    first = f"question {failed[0]['question_id']!r}: {failed[0]['failed']}"
+    bugs = sum("traceback" in record for record in failed)
+    said = f"{len(failed)} answers are missing ({first}); the same command asks for them again."
+    if not bugs:
+        raise CatsError(said)
+    sys.stderr.write(f"internal error: {said} {bugs} of them are bugs, whose tracebacks stand in {plan.output}; report them.\n")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

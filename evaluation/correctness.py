@@ -1,18 +1,20 @@
 """Is greedy output the model's own? Compares methods, token by token, with transformers' `generate(do_sample=False)`.
 
-    python -m evaluation.correctness --model-path M --draft-adapter-path D --shallow-adapter-path S --all-methods \
-        --prompts heldout.json.gz --limit 200 --max-new-tokens 1 2 7 64 300 --dtype float32 --output correctness.json
+    python -m evaluation.correctness --all-methods --prompts heldout.json.gz --limit 40 --output correctness.json
+    python -m evaluation.correctness --methods kangaroo cascade_chain cascade_tree --prompts heldout.json.gz --limit 10 \
+        --max-new-tokens 256 --memory-budget 184MB --budget-covers weights --output correctness_streamed.json
 
-Per prompt, transformers generates once, at the longest length; the answer at a shorter length is a prefix of it, which is
-what greedy decoding means. Exit status 1 when anything differs. In half precision near ties may flip between one row and
-several rows in a pass, so the comparison is offered in float32 and float64 only.
+The default model and its adapters, unless --model-path names others. Per prompt, transformers generates once, for all methods,
+at the longest length; the answer at a shorter length is a prefix of it, which is what greedy decoding means. Exit status 1 when
+anything differs. In half precision near ties may flip between one row and several rows in a pass, so the comparison is offered in
+float32 and float64 only.
 """
 
 import argparse
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,15 @@ from transformers import GenerationConfig as TransformersConfig
 from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import DTYPES
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.progress import live_bar
+from cats.cli.progress import heartbeat, live_bar
 from cats.dtypes import HALVES, NEAR_TIES
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.records import sha256
 from cats.settings import as_record
 from cats.text import ModelText
-from evaluation.options import Adapters, adapters_for, add_model_flags, chosen_memory
+from evaluation.chosen_model import ChosenModel, chosen_model
+from evaluation.metrics import ratio
+from evaluation.options import add_model_flags, chosen_memory
 from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
 from evaluation.processes import Processes, choose_device, own_share, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
@@ -62,7 +66,7 @@ def first_difference(expected: Sequence[int], found: Sequence[int]) -> Differenc
 class Reference:
     """The same checkpoint as plain transformers runs it, rounded to the dtype that `base` holds and computed in the one it computes in."""
 
-    def __init__(self, model_path: str, base: EarlyExitLlamaForCausalLM, eos_token_ids: Sequence[int]):
+    def __init__(self, model_path: str | Path, base: EarlyExitLlamaForCausalLM, eos_token_ids: Sequence[int]):
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=base.held_dtype)
         self.model = loaded.to(base.device, base.dtype).eval()  # type: ignore[arg-type]
         self.ends = {"eos_token_id": list(eos_token_ids) or None, "pad_token_id": 0}
@@ -85,23 +89,40 @@ class Reference:
 
 
 def compare_prompt(
-    subject: Subject, reference: Reference, prompt_ids: list[int], methods: dict[str, MethodConfig], lengths: Sequence[int]
+    subject: Subject,
+    reference: Reference,
+    prompt_ids: list[int],
+    methods: dict[str, MethodConfig],
+    lengths: Sequence[int],
+    on_answer: Callable[[], object] = lambda: None,
 ) -> Record:
-    """Every method at every length on one prompt: how many comparisons, and each one that differs."""
+    """Every method at every length on one prompt.
+
+    Args:
+        on_answer: called when another answer is there, the reference's among them.
+
+    Returns:
+        how many comparisons, each one that differs, and per method the tokens and the passes of the longest answer, prefill left out.
+    """
     room = subject.model.base.context - len(prompt_ids)
     if room < 1:
-        return {"comparisons": 0, "skipped": True, "differences": []}
+        return {"comparisons": 0, "skipped": True, "differences": [], "passes": {}}
     longest = reference.greedy(prompt_ids, min(max(lengths), room))
+    on_answer()
     differences: list[dict[str, Any]] = []
+    passes: dict[str, tuple[int, int]] = {}
     for label, method in methods.items():
         for length in lengths:
-            config = GenerationConfig(max_new_tokens=length)
-            found = subject.answer(prompt_ids, method, config).ids
-            differing = first_difference(longest[:length], found)
+            answer = subject.answer(prompt_ids, method, GenerationConfig(max_new_tokens=length))
+            on_answer()
+            differing = first_difference(longest[:length], answer.ids)
             if differing is not None:
                 gap = reference.gap([*prompt_ids, *longest[: differing.position]])
                 differences.append({"method": label, "max_new_tokens": length, **dataclasses.asdict(differing), "logit_gap": gap})
-    return {"comparisons": len(methods) * len(lengths), "skipped": False, "differences": differences}
+            if length == max(lengths):
+                committed = [trace.committed for trace in answer.traces if not trace.prefill]
+                passes[label] = (sum(committed), len(committed))
+    return {"comparisons": len(methods) * len(lengths), "skipped": False, "differences": differences, "passes": passes}
 
 
 def prompts_file(prompts: str) -> Path:
@@ -138,7 +159,7 @@ class Comparison:
 
     args: argparse.Namespace
     methods: dict[str, MethodConfig]
-    adapters: Adapters
+    model: ChosenModel
     memory: MemoryOptions | None
     prompts: list[Question]
     text: ModelText
@@ -147,7 +168,7 @@ class Comparison:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides an outcome; a resumed comparison must have the same."""
-        return subject_settings(self.args, self.adapters, self.memory, self.text) | {
+        return subject_settings(self.args, self.model, self.memory, self.text) | {
             "methods": {label: as_record(method) for label, method in self.methods.items()},
             "max_new_tokens": self.args.max_new_tokens,
             "prompts": {"file": Path(self.args.prompts).name, "sha256": sha256(prompts_file(self.args.prompts))},
@@ -166,11 +187,11 @@ def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
     refuse_half(DTYPES.get(args.compute_dtype))
     for length in args.max_new_tokens:
         GenerationConfig(max_new_tokens=length)
-    adapters = adapters_for(list(methods.values()), args)
+    model = chosen_model(list(methods.values()), args)
     prompts = select_questions(read_prompts(args.prompts), 0, args.limit)
     records = (args.output or folder / "correctness.json").with_suffix(".records.jsonl")
     memory = chosen_memory(methods.values(), max(args.max_new_tokens), args)
-    comparison = Comparison(args, methods, adapters, memory, prompts, load_text(args.model_path, args.template), records)
+    comparison = Comparison(args, methods, model, memory, prompts, load_text(model.directory, args.template), records)
     check_settings(comparison.settings_file, comparison.settings, records)
     return comparison
 
@@ -181,28 +202,36 @@ def refuse_half(compute: torch.dtype | None) -> None:
         raise CatsError(f"{NEAR_TIES}; compare with --compute-dtype float32 or float64.")
 
 
-def compare_all(comparison: Comparison, processes: Processes, device: torch.device) -> None:
-    """One record per prompt that has none yet, shared among the processes."""
-    args, text = comparison.args, comparison.text
-    subject = load_subject(args.model_path, comparison.adapters, text, args.dtype, device, comparison.memory, args.compute_dtype)
-    refuse_half(subject.model.base.dtype)
-    if args.ledger and processes.is_main_process:
+def compare_all(comparison: Comparison, processes: Processes, device: torch.device) -> dict[str, str]:
+    """One record per prompt that has none yet, shared among the processes; returns the dtypes of the arithmetic."""
+    args, model, shown = comparison.args, comparison.model, processes.is_main_process
+    with heartbeat(f"loading {model.name}, twice", shown):
+        subject = load_subject(
+            model.directory, model.adapters, comparison.text, args.dtype, device, comparison.memory, args.compute_dtype
+        )
+        refuse_half(subject.model.base.dtype)
+        reference = Reference(model.directory, subject.model.base, subject.text.end_token_ids)
+    if args.ledger and shown:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
-    reference = Reference(args.model_path, subject.model.base, subject.text.end_token_ids)
     done = {record["question_id"] for record in read_records(comparison.records)}
     waiting = [prompt for prompt in comparison.prompts if prompt.question_id not in done]
     processes.wait_for_everyone()
-    if processes.is_main_process and not done:
+    if shown and not done:
         write_json(comparison.settings_file, {"settings": comparison.settings})
-    for prompt in live_bar(own_share(waiting, processes), desc="prompts", unit="prompt", disable=not processes.is_main_process):
-        prompt_ids = text.prompt_ids(prompt.turns[0])
-        outcome = compare_prompt(subject, reference, prompt_ids, comparison.methods, args.max_new_tokens)
-        append_record(comparison.records, {"question_id": prompt.question_id, **outcome})
+    mine = own_share(waiting, processes)
+    answers = 1 + len(comparison.methods) * len(args.max_new_tokens)
+    with live_bar(total=len(mine) * answers, desc=f"{len(mine)} prompts", unit="answer", disable=not shown) as bar:
+        for place, prompt in enumerate(mine, start=1):
+            prompt_ids = comparison.text.prompt_ids(prompt.turns[0])
+            outcome = compare_prompt(subject, reference, prompt_ids, comparison.methods, args.max_new_tokens, bar.update)
+            append_record(comparison.records, {"question_id": prompt.question_id, **outcome})
+            bar.update(place * answers - bar.n)  # a prompt that fills the context has no answers
     processes.wait_for_everyone()
+    return subject.arithmetic
 
 
-def result_of(comparison: Comparison) -> dict[str, Any]:
-    """All records of the chosen prompts put together."""
+def result_of(comparison: Comparison, arithmetic: dict[str, str]) -> dict[str, Any]:
+    """All records of the chosen prompts put together; accepted lengths are those of the longest answers."""
     chosen = {prompt.question_id for prompt in comparison.prompts}
     records = [record for record in read_records(comparison.records) if record["question_id"] in chosen]
     differences = [{"question_id": record["question_id"], **found} for record in records for found in record["differences"]]
@@ -212,9 +241,17 @@ def result_of(comparison: Comparison) -> dict[str, Any]:
         "comparisons": sum(record["comparisons"] for record in records),
         "differences": len(differences),
         "first_differences": differences,
+        "accepted_length": {label: accepted_length(label, records) for label in comparison.methods},
+        "arithmetic": arithmetic,
         "settings": comparison.settings,
         "environment": environment(),
     }
+
+
+def accepted_length(label: str, records: Sequence[Record]) -> float | None:
+    """Tokens per target pass of one method over all prompts, prefill left out."""
+    counts = [record["passes"][label] for record in records if label in record["passes"]]
+    return ratio(sum(tokens for tokens, _ in counts), sum(passes for _, passes in counts))
 
 
 def report(result: dict[str, Any]) -> str:
@@ -238,10 +275,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes, device = start_processes(choose_device(args.device))
         if processes.num_processes > 1 and args.output is None:
             raise CatsError("several processes meet in the result file; give --output.")
-        compare_all(comparison, processes, device)
+        arithmetic = compare_all(comparison, processes, device)
         if not processes.is_main_process:
             return
-        result = result_of(comparison)
+        result = result_of(comparison, arithmetic)
         if not result["comparisons"]:
             raise CatsError(f"every prompt of {args.prompts} fills the model's context, so nothing was compared; give shorter prompts.")
         if args.output is not None:

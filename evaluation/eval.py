@@ -24,7 +24,7 @@ from torch import OutOfMemoryError
 
 from cats import CatsError, Generation, GenerationConfig
 from cats.cli.command import first_line
-from cats.cli.progress import live_bar
+from cats.cli.progress import heartbeat, live_bar
 from cats.text import Message
 from cats.trace import StepTrace
 from evaluation.processes import OneProcess, Processes, own_share
@@ -103,7 +103,7 @@ def run_eval(
     processes.wait_for_everyone()
     mine = own_share(missing, processes)
     if mine:
-        with live_bar(desc="warm-up", bar_format="{desc}: {elapsed}", leave=False, disable=not processes.is_main_process):
+        with heartbeat("warm-up", processes.is_main_process):
             warm_up(contenders, mine[0][0], asking)
     processes.wait_for_everyone()
     if missing and on_start is not None and processes.is_main_process:

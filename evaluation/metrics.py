@@ -4,6 +4,7 @@ A record is a line of an answer file (see eval.py). Records with the key `failed
 of failures. A quantity whose denominator is zero is None, never 0.
 """
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,38 @@ def accepted_length(records: Iterable[Record]) -> float | None:
     """Tokens committed per target pass, the target's own next token included, prefill excluded: plain decoding has exactly 1."""
     committed = per_step(records, "committed")
     return ratio(sum(committed), len(committed))
+
+
+def committed_and_passes(records: Iterable[Record]) -> list[tuple[int, int]]:
+    """Per answered question, the tokens that it committed and the target passes that it took, prefill excluded."""
+    return [(sum(committed), len(committed)) for record in answered(records) for committed in [per_step([record], "committed")]]
+
+
+def accepted_length_interval(
+    groups: Sequence[Sequence[tuple[int, int]]], level: float = 0.9, draws: int = 1000
+) -> tuple[float, float] | None:
+    """The bootstrap interval of the accepted length, or of its mean over several groups; the same for the same counts.
+
+    Args:
+        groups: `committed_and_passes` of each group; questions are drawn with replacement within their group.
+        level: share of the draws that lie in the interval.
+
+    Returns:
+        lower and upper bound; None where a group has no pass.
+    """
+    if not all(sum(passes for _, passes in group) for group in groups):
+        return None
+    drawn = random.Random(0)
+    means: list[float] = []
+    while len(means) < draws:
+        samples = [drawn.choices(group, k=len(group)) for group in groups]
+        lengths = [ratio(sum(tokens for tokens, _ in sample), sum(passes for _, passes in sample)) for sample in samples]
+        known = [length for length in lengths if length is not None]
+        if len(known) == len(groups):
+            means.append(sum(known) / len(known))
+    means.sort()
+    cut = round((1 - level) / 2 * draws)
+    return means[cut], means[draws - 1 - cut]
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -1,13 +1,14 @@
-"""The flags that evaluation commands share, and what they become: adapters, memory options, generation settings.
+"""The flags that evaluation commands share, and what they become: memory options, generation settings.
 
-A flag works or is refused. Those of the methods' settings are in cats/cli/method_flags.py. Knows no model and no file but by path.
+A flag works or is refused. Those of the methods' settings are in cats/cli/method_flags.py; which model and adapters are meant is
+found in chosen_model.py. Knows no model and no file but by path.
 """
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig, build_method
+from cats import GenerationConfig, MemoryOptions, MethodConfig, build_method
 from cats.checkpoint import DTYPES
 from cats.cli.memory_flags import add_memory_flags, memory_options
 
@@ -15,13 +16,16 @@ ADAPTERS = ("draft", "shallow")
 Adapters = dict[str, tuple[Path, int | None]]
 
 
-def add_model_flags(parser: argparse.ArgumentParser, model_path_required: bool = True) -> None:
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What is loaded: base, adapters, dtype, device, template."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model-path", required=model_path_required, help="checkpoint directory of the base model")
+    place = "DIRECTORY_OR_HUB_ID"
+    group.add_argument("--model-path", metavar=place, help="checkpoint of the base model (default: the default model and its adapters)")
+    group.add_argument("--adapters", metavar="FOLDER", help="folder of adapters, as training writes it; the layers choose among them")
     for name in ADAPTERS:
-        group.add_argument(f"--{name}-adapter-path", help=f"directory of the {name} adapter, for methods that use it")
-        group.add_argument(f"--{name}-layer", type=int, help=f"exit layer of the {name} adapter (default: what its config.json says)")
+        group.add_argument(f"--{name}-adapter-path", metavar=place, help=f"the {name} adapter, for methods that use it")
+        exit_help = f"exit layer of the {name} adapter; without its path, which one of --adapters or of the default model's"
+        group.add_argument(f"--{name}-layer", type=int, help=f"{exit_help} (default: what the adapter's config.json says)")
     group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="that weights are held in (default: as config.json says)")
     arithmetic = "of the arithmetic (default: float32 on a CPU, elsewhere --dtype)"
     group.add_argument("--compute-dtype", default="auto", choices=(*DTYPES, "auto"), help=arithmetic)
@@ -52,26 +56,6 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
 def chosen_memory(methods: Iterable[MethodConfig], max_new_tokens: int, args: argparse.Namespace) -> MemoryOptions | None:
     """The memory options that were given, for the largest tree among `methods`; None where none was."""
     return memory_options(args, max_new_tokens, (build_method(method).max_nodes for method in methods))
-
-
-def adapters_for(methods: list[MethodConfig], args: argparse.Namespace) -> Adapters:
-    """Adapter directories and exits that these methods need; a missing one, or one that none of them uses, raises `CatsError`."""
-    needed = {name: config.name for config in methods for name in build_method(config).adapters}
-    adapters: Adapters = {}
-    for name in ADAPTERS:
-        path, layer = getattr(args, f"{name}_adapter_path"), getattr(args, f"{name}_layer")
-        if name in needed and path is None:
-            raise CatsError(f"the method {needed[name]} needs the {name} adapter; give --{name}-adapter-path.")
-        if name not in needed and (path is not None or layer is not None):
-            flag = f"--{name}-adapter-path" if path is not None else f"--{name}-layer"
-            used = " and ".join(dict.fromkeys(config.name for config in methods))
-            raise CatsError(f"{flag} does nothing for {used}, which has no {name} adapter; leave it out or choose another method.")
-        if name in needed:
-            adapters[name] = (Path(path), layer)
-    draft, shallow = (getattr(args, f"{name}_layer") for name in ADAPTERS)
-    if None not in (draft, shallow) and draft >= shallow:
-        raise CatsError(f"--draft-layer {draft} is not before --shallow-layer {shallow}; the draft exit must come first.")
-    return adapters
 
 
 def generation_config(args: argparse.Namespace) -> GenerationConfig:

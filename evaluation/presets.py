@@ -28,9 +28,24 @@ PRESETS: dict[str, MethodConfig] = {
     "cascade_chain": CascadeConfig(steps=5),
     "cascade_tree": CascadeConfig(steps=5, tree_topk=10, total_tokens=40),
     "cascade_tree_two_branch_rounds": CascadeConfig(steps=5, tree_topk=10, total_tokens=40, branch_rounds=2),
+    "cascade_tree_60_nodes_five_branch_rounds": CascadeConfig(steps=5, tree_topk=10, total_tokens=60, branch_rounds=5),
     "cascade_chain_two_rounds": CascadeConfig(steps=5, sv_passes=2),
     "cascade_tree_two_rounds": CascadeConfig(steps=5, tree_topk=10, total_tokens=40, sv_passes=2),
 }
+TITLES = {
+    "autoregressive": "plain decoding",
+    "prompt_lookup": "prompt lookup",
+    "kangaroo": "Kangaroo",
+    "eagle_self_chain": "EAGLE-self chain",
+    "eagle_self_tree": "EAGLE-self tree, 60 nodes",
+    "cascade_chain": "CATS chain",
+    "cascade_tree": "CATS tree, 40 nodes",
+    "cascade_tree_two_branch_rounds": "CATS tree, 40 nodes, 2 branch rounds",
+    "cascade_tree_60_nodes_five_branch_rounds": "CATS tree, 60 nodes, 5 branch rounds",
+    "cascade_chain_two_rounds": "CATS chain, 2 rounds",
+    "cascade_tree_two_rounds": "CATS tree, 40 nodes, 2 rounds",
+}
+"""What tables call them."""
 PRESET_HELP = f"NAME or NAME:setting=value,...; names: {', '.join(PRESETS)}"
 
 
@@ -52,6 +67,12 @@ def parse_preset(text: str) -> tuple[str, MethodConfig]:
         except ValueError as error:
             raise CatsError(f"{text!r} gives {setting} the value {value!r}; it must be {known[setting].wants}.") from error
     return text, dataclasses.replace(config, **changed)
+
+
+def title_of(label: str) -> str:
+    """What a table calls the method of a label, changed settings included."""
+    name, _, changes = label.partition(":")
+    return ", ".join([TITLES[name], *(change.replace("=", " ") for change in changes.split(",") if change)])
 
 
 def parse_presets(texts: Sequence[str]) -> dict[str, MethodConfig]:

@@ -94,6 +94,15 @@ def _parse_question(line: str, where: str) -> Question:
     return Question(question_id, str(item.get("category", "")), tuple(turns))
 
 
+def spread_questions(questions: Sequence[Question], count: int | None) -> list[Question]:
+    """`count` questions (None: all) evenly spread over `questions`, the first among them; always the same ones."""
+    if count is None or count >= len(questions):
+        return list(questions)
+    if count < 1:
+        raise CatsError(f"--questions is {count}; it must be at least 1.")
+    return [questions[place * len(questions) // count] for place in range(count)]
+
+
 def select_questions(questions: Sequence[Question], begin: int | None, end: int | None) -> list[Question]:
     """Questions at positions `begin` (default 0) up to, not including, `end` (default all); an empty range raises `CatsError`."""
     first, last = begin or 0, len(questions) if end is None else end

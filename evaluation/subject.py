@@ -6,6 +6,7 @@ Knows checkpoints and templates; knows no questions and no answer files.
 import argparse
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,11 @@ from cats import (
     generate,
     load,
 )
-from cats.checkpoint import weight_files
+from cats.adapter import read_adapter_config
+from cats.checkpoint import tensor_forms, weight_files
 from cats.dtypes import HALVES, NEAR_TIES
 from cats.trace import StepTrace
+from evaluation.chosen_model import ChosenModel
 from evaluation.metrics import ModelShape
 from evaluation.options import Adapters
 from evaluation.processes import choose_device
@@ -72,6 +75,12 @@ class Subject:
         """What every result of this model has to say of itself."""
         return [NEAR_TIES] if self.model.base.dtype in HALVES else []
 
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """The dtypes that the base's weights are held in and computed in, by name."""
+        base = self.model.base
+        return {"held": str(base.held_dtype).removeprefix("torch."), "computed": str(base.dtype).removeprefix("torch.")}
+
     def shape(self, method: MethodConfig) -> ModelShape:
         """What the cost formulas of metrics.py need to know for this method."""
         base = self.model.base
@@ -85,7 +94,7 @@ class Subject:
         )
 
 
-def load_text(model_path: str, template: str | None) -> ModelText:
+def load_text(model_path: str | Path, template: str | None) -> ModelText:
     """Tokenizer and template of a checkpoint; quick, so that their faults are found before the weights are read."""
     text = ModelText.from_pretrained(model_path, template)
     _ = text.template  # `CatsError` where there is none
@@ -93,7 +102,7 @@ def load_text(model_path: str, template: str | None) -> ModelText:
 
 
 def load_subject(
-    model_path: str,
+    model_path: str | Path,
     adapters: Adapters,
     text: ModelText,
     dtype: str,
@@ -112,14 +121,14 @@ def load_subject(
 
 
 def subject_settings(
-    args: argparse.Namespace, adapters: Adapters, memory: MemoryOptions | None, text: ModelText
+    args: argparse.Namespace, model: ChosenModel, memory: MemoryOptions | None, text: ModelText
 ) -> dict[str, Any]:
     """What the flags of the model decide, as a record: weights, dtype, device, template and, where something is streamed, how."""
     settings = {
-        "model": {"name": Path(args.model_path).resolve().name, "weights": weights_fingerprint(args.model_path)},
+        "model": {"name": model.name, "weights": weights_fingerprint(model.directory)},
         "adapters": {
-            name: {"name": path.resolve().name, "exit_layer": layer, "weights": weights_fingerprint(path)}
-            for name, (path, layer) in adapters.items()
+            name: {"name": path.resolve().name, "exit_layer": said_exit(path, layer), "weights": weights_fingerprint(path)}
+            for name, (path, layer) in model.adapters.items()
         },
         "dtype": args.dtype,
         "compute_dtype": args.compute_dtype,
@@ -127,6 +136,16 @@ def subject_settings(
         "template": text.template,
     }
     return settings | ({} if memory is None else {"memory": dataclasses.asdict(memory)})
+
+
+def said_exit(adapter: Path, layer: int | None) -> int | None:
+    """The exit that was asked for, or else the one that the adapter's config.json says; None where neither says one."""
+    return layer if layer is not None else getattr(read_adapter_config(adapter), "exit_layer", None)
+
+
+def stored_bytes(directory: Path) -> int:
+    """Bytes of a checkpoint's or an adapter's weights, as stored."""
+    return sum(math.prod(form.shape) * form.dtype.itemsize for form in tensor_forms(directory).values())
 
 
 def weights_fingerprint(directory: str | Path) -> str:

@@ -1,8 +1,10 @@
 """Tables 3 and 4 of the paper on any model: speed by memory budget, and bytes of weights per token by method, measured beside the formulas.
 
-    python -m evaluation.tables memory-budget --model-path M --draft-adapter-path D --shallow-adapter-paths S... --output FILE.json
-    python -m evaluation.tables bytes-per-token ...
+    python -m evaluation.tables memory-budget --output FILE.json
+    python -m evaluation.tables bytes-per-token --model-path M --draft-adapter-path D --shallow-adapter-paths S... --output FILE.json
+    python -m evaluation.tables bytes-per-token --model-path M --adapters FOLDER ...
 
+Without --model-path it is the default model. Of a folder of adapters the first exit drafts, the others are shallow exits to choose from.
 Budgets cover the weights only, as the paper's do. Without --budgets they are the paper's 2, 6 and 8 GB scaled to this model: head and
 adapters, and the same share of its decoder layers that these hold of Vicuna-7B's. Every row stands once with pinning (ours: what the
 budget has room for stays) and once without (the paper's way). Of two figures for bytes per token one is counted while decoding and one
@@ -32,21 +34,22 @@ from cats import (
     generate,
     load,
 )
-from cats.adapter import read_adapter_config
 from cats.checkpoint import DTYPES, locate_tensors
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
 from cats.errors import BudgetError
 from cats.files import write_atomically
+from cats.hub import locate
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.direct_file import window, window_bytes
 from cats.runtime.link import rate_text
 from cats.runtime.weights import EMBEDDING, HEAD, PlannedWeights, tensor_name
 from cats.text import ModelText
+from evaluation.chosen_model import adapters_in, base_model, exit_of
 from evaluation.metrics import ModelShape, paper_bytes_per_token
 from evaluation.questions import ALIASES, BENCHES, read_questions, resolve_bench, select_questions
 from evaluation.record_file import write_json
-from evaluation.subject import load_text
+from evaluation.subject import load_text, stored_bytes
 from evaluation.timing import environment
 
 TOLERANCE = 0.02
@@ -88,7 +91,7 @@ class Row:
 class Exercise:
     """What every row does."""
 
-    model_path: str
+    model_path: Path
     prompts: list[list[int]]
     config: GenerationConfig
     dtype: str
@@ -96,7 +99,7 @@ class Exercise:
     ring_buffers: int
 
 
-def scaled_budgets(model_path: str, adapter_bytes: int) -> list[Budget]:
+def scaled_budgets(model_path: Path, adapter_bytes: int) -> list[Budget]:
     """The paper's budgets for this model: its own head and two adapters, and the share of layers that the paper's hold of Vicuna-7B."""
     places = locate_tensors(model_path)
     layers = sum(place.nbytes for name, place in places.items() if ".layers." in name)
@@ -144,14 +147,6 @@ def at(texts: Sequence[str], place: int) -> str:
 def cats_with(draft: Path, shallow: Path) -> tuple[MethodConfig, Adapters]:
     """The paper's chain with these adapters."""
     return CascadeConfig(), {"draft": (draft, None), "shallow": (shallow, None)}
-
-
-def exit_of(adapter: Path) -> int:
-    """The exit that an adapter directory says; its absence raises `CatsError`."""
-    exit_layer = getattr(read_adapter_config(adapter), "exit_layer", None)
-    if exit_layer is None:
-        raise CatsError(f"{adapter / 'config.json'} does not say the exit layer of the adapter; write it there.")
-    return int(exit_layer)
 
 
 def check_exits(draft: Path, shallows: Sequence[Path]) -> None:
@@ -304,12 +299,14 @@ def rendered(rows: Sequence[tuple[Row, dict[str, Any]]], paper: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report(args: argparse.Namespace, exercise: Exercise, measured: Sequence[tuple[Row, dict[str, Any]]], about: dict[str, Any]) -> str:
-    """The Markdown file."""
+def report(
+    args: argparse.Namespace, name: str, exercise: Exercise, measured: Sequence[tuple[Row, dict[str, Any]]], about: dict[str, Any]
+) -> str:
+    """The Markdown file about the model of that name."""
     rate = exercise.flash_bandwidth
     flash = "the disk as it is" if rate is None else f"emulated {rate_text(rate)}"
     return (
-        f"# {TITLES[args.table]}: {Path(args.model_path).resolve().name}\n\nBudgets cover the weights only. {len(exercise.prompts)} "
+        f"# {TITLES[args.table]}: {name}\n\nBudgets cover the weights only. {len(exercise.prompts)} "
         f"prompt(s) of {args.bench}, at most {args.max_new_tokens} tokens each, greedy; flash: {flash}; {about['threads']} thread(s), "
         f"{about['cpu']}. Speeds are of single runs, prefill left out. Streamed bytes are those read: windows of matrices and rows of "
         "the embedding table; by the plan: bytes of a pass by accepted length. The paper's formula charges the draft's layers again in "
@@ -321,9 +318,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog="python -m evaluation.tables", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("table", choices=tuple(TABLES), help="table 3 or table 4 of the paper")
-    parser.add_argument("--model-path", required=True, help="checkpoint directory with safetensors")
-    parser.add_argument("--draft-adapter-path", type=Path, required=True, help="directory of the draft adapter")
-    parser.add_argument("--shallow-adapter-paths", type=Path, nargs="+", required=True, help="shallow adapters to choose from")
+    place = "DIRECTORY_OR_HUB_ID"
+    parser.add_argument("--model-path", metavar=place, help="checkpoint with safetensors (default: the default model and its adapters)")
+    parser.add_argument("--adapters", type=Path, metavar="FOLDER", help="folder of adapters, as training writes it")
+    parser.add_argument("--draft-adapter-path", metavar=place, help="the draft adapter (default: the first exit of --adapters)")
+    parser.add_argument("--shallow-adapter-paths", nargs="+", metavar=place, help="to choose from (default: other exits of --adapters)")
     parser.add_argument("--budgets", nargs="+", metavar="BYTES", help="like 4GB 10GB, of weights (default: the paper's, scaled)")
     parser.add_argument(
         "--bench", choices=(*ALIASES, *BENCHES), default="mtbench", help="first turns of its questions (default: %(default)s)"
@@ -338,11 +337,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def exercise_of(args: argparse.Namespace, text: ModelText) -> Exercise:
+def chosen_places(args: argparse.Namespace) -> tuple[str, Path, Path, list[Path]]:
+    """Name and directory of the model, its draft adapter and its shallow adapters; what is missing raises `CatsError`."""
+    name, directory, brought = base_model(args.model_path)
+    given = (args.draft_adapter_path, args.shallow_adapter_paths)
+    if None not in given and args.adapters is not None:
+        raise CatsError("--adapters does nothing where every adapter has a place of its own; leave it out.")
+    folder = args.adapters or next((place.parent for place in brought.values()), None)
+    if None in given and folder is None:
+        raise CatsError("the tables need a draft adapter and shallow ones; give --adapters FOLDER, or the places of all of them.")
+    known = [places[0] for places in adapters_in(folder).values()] if None in given and folder is not None else []
+    draft = locate(given[0]) if given[0] is not None else next(iter(known), None)
+    shallows = [locate(place) for place in given[1]] if given[1] is not None else known[1:]
+    if draft is None or not shallows:
+        raise CatsError(f"{folder} holds {len(known)} adapters that say their exits; a draft adapter and a shallow one are needed.")
+    check_exits(draft, shallows)
+    return name, directory, draft, shallows
+
+
+def exercise_of(args: argparse.Namespace, directory: Path, text: ModelText) -> Exercise:
     """Prompts and settings."""
     questions = select_questions(read_questions(resolve_bench(ALIASES.get(args.bench, args.bench)).path), 0, args.questions)
     return Exercise(
-        model_path=args.model_path,
+        model_path=directory,
         prompts=[text.prompt_ids(question.turns[0]) for question in questions],
         config=GenerationConfig(max_new_tokens=args.max_new_tokens, eos_token_ids=text.end_token_ids),
         dtype=args.dtype,
@@ -357,22 +374,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.questions < 1 or args.max_new_tokens < 2:
         raise CatsError("give at least 1 of --questions and 2 of --max-new-tokens.")
-    check_exits(args.draft_adapter_path, args.shallow_adapter_paths)
-    exercise = exercise_of(args, load_text(args.model_path, args.template))
-    sizes = [
-        sum(place.nbytes for place in locate_tensors(path).values()) for path in (args.draft_adapter_path, *args.shallow_adapter_paths)
-    ]
+    name, directory, draft, shallows = chosen_places(args)
+    exercise = exercise_of(args, directory, load_text(directory, args.template))
     given = [(parse_amount(text, "--budgets"), 0) for text in args.budgets or ()]
-    budgets = given or scaled_budgets(args.model_path, max(sizes))
+    budgets = given or scaled_budgets(directory, max(stored_bytes(path) for path in (draft, *shallows)))
     measured: list[tuple[Row, dict[str, Any]]] = []
-    rows = list(TABLES[args.table](budgets, args.draft_adapter_path, args.shallow_adapter_paths))
+    rows = list(TABLES[args.table](budgets, draft, shallows))
     with live_bar(total=len(rows), unit="row") as bar:
         for row in rows:
             bar.set_description(f"{amount(row.budget_bytes)}, {row.name}, {'pinned' if row.pinning else 'not pinned'}")
             measured.append((row, measure(row, exercise)))
             bar.update()
     about = environment()
-    text = report(args, exercise, measured, about)
+    text = report(args, name, exercise, measured, about)
     lines = [
         {"budget_bytes": row.budget_bytes, "method": row.name, "pinning": row.pinning, "paper": row.paper, **found}
         for row, found in measured

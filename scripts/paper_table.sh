@@ -1,7 +1,7 @@
 # Sourced by the scripts of tables 3 and 4: `source scripts/paper_table.sh TABLE OUTPUT.json "$@"` measures that table of evaluation/tables.py.
 #
 # The script's own arguments are MODEL DRAFT_ADAPTER SHALLOW_ADAPTER... [-- FLAGS OF python -m evaluation.tables]. Without paths it is the
-# embedded model, its flash imitated at 50 MB/s, so that streaming and not arithmetic sets the pace, as at 7B.
+# default model with its adapters, its flash imitated at 100 MB/s, so that streaming and not arithmetic sets the pace, as at 7B.
 
 _cats_paper_table() {
     local table=$1 output=$2 paths=() flags=()
@@ -12,14 +12,14 @@ _cats_paper_table() {
     done
     flags=("${@:2}")
     if [ ${#paths[@]} -eq 0 ]; then
-        paths=(data/tiny data/tiny/adapters/draft_exit2 data/tiny/adapters/shallow_exit{4,6,8})
-        flags=(--flash-bandwidth 50MB/s --dtype float32 ${flags[@]+"${flags[@]}"})
+        flags=(--flash-bandwidth 100MB/s ${flags[@]+"${flags[@]}"})
     elif [ ${#paths[@]} -lt 3 ]; then
-        printf 'error: give a model, a draft adapter and one or more shallow adapters, or nothing for the embedded model.\n' >&2
+        printf 'error: give a model, a draft adapter and one or more shallow adapters, or nothing for the default model.\n' >&2
         return 2
+    else
+        flags=(--model-path "${paths[0]}" --draft-adapter-path "${paths[1]}" --shallow-adapter-paths "${paths[@]:2}" ${flags[@]+"${flags[@]}"})
     fi
-    python -m evaluation.tables "$table" --model-path "${paths[0]}" --draft-adapter-path "${paths[1]}" \
-        --shallow-adapter-paths "${paths[@]:2}" --output "$output" ${flags[@]+"${flags[@]}"}
+    python -m evaluation.tables "$table" --output "$output" "${flags[@]}"
 }
 
 _cats_paper_table "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 3 of the paper: speed by memory budget, for any model:
 #   bash scripts/table3_memory_budget.sh MODEL DRAFT_ADAPTER SHALLOW_ADAPTER... [-- FLAGS OF python -m evaluation.tables]
-# Without arguments: the embedded model, its flash imitated at 50 MB/s, so that streaming and not arithmetic sets the pace, as at 7B.
+# Without arguments: the default model and its adapters, its flash imitated at 100 MB/s, so that streaming and not arithmetic sets the pace, as at 7B.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh requirements.txt

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cats.adapter import AdapterModel
 from evaluation import acceptance_table
 from evaluation.record_file import read_records
+from evaluation.subject import stored_bytes
 from tests.tiny_models import TinyModel
 
 
@@ -25,23 +27,46 @@ def test_two_commands_fill_one_table(tmp_path: Path, speaking: TinyModel, capsys
     assert all(path.read_bytes() == content for path, content in cells.items())
     result = json.loads(output.read_text())
     assert len(result["cells"]) == 6
-    assert all(cell["summary"]["identical_to_plain"] == 2 for cell in result["cells"])
-    assert all(sum(cell["summary"]["committed_counts"].values()) == cell["summary"]["steps"] for cell in result["cells"])
+    for summary in (cell["summary"] for cell in result["cells"]):
+        assert summary["identical_to_plain"] == 2
+        counts = summary["committed_and_passes"]
+        assert sum(passes for _, passes in counts) == summary["steps"]
+        low, high = summary["accepted_length_interval"]
+        assert low <= summary["accepted_length"] == sum(tokens for tokens, _ in counts) / summary["steps"] <= high
     shown = output.with_suffix(".md").read_text()
-    assert "| method | mtbench | alpacaeval | mean |" in shown
-    rows = [row for row in shown.splitlines() if row.startswith(("| autoregressive ", "| cascade_chain"))]
-    assert rows[0].startswith("| autoregressive | 1.000 | 1.000 | 1.000 |")
-    assert [row.split(" | ")[0] for row in rows[1:]] == ["| cascade_chain", "| cascade_chain:sv_passes=2"]
-    assert all(row.endswith("| 4 of 4 |") for row in rows)
+    assert "held in float32, computed in float32" in shown
+    assert "| method | exits | MT-bench | AlpacaEval | mean |" in shown
+    lengths, costs = (part.splitlines() for part in shown.split("## What it costs"))
+    assert "| plain decoding | - | 1.00 | 1.00 | 1.00 |" in lengths
+    assert [row.split(" | ")[:2] for row in lengths if row.startswith("| CATS")] == [
+        ["| CATS chain", "1/3"],
+        ["| CATS chain, sv_passes 2", "1/3"],
+    ]
+    assert all(row.endswith("| 4 of 4 |") for row in costs if row.startswith(("| plain", "| CATS")))
+    size = sum(stored_bytes(path) for path in (speaking.draft, speaking.shallow))
+    assert [row["extra_bytes"] for row in result["rows"]] == [0, size, size]
     capsys.readouterr()
     acceptance_table.main(["--merge", "--output", str(output)])
-    assert capsys.readouterr().out.splitlines()[2:] == rows
+    assert capsys.readouterr().out == shown
+
+
+def test_other_exits_are_rows_of_the_same_table(tmp_path: Path, speaking: TinyModel) -> None:
+    output, adapters = tmp_path / "table.json", tmp_path / "adapters"
+    for exit_layer in (1, 2, 3):
+        adapter = AdapterModel.from_pretrained(speaking.shallow, None)
+        adapter.exit_layer = adapter.config.exit_layer = exit_layer
+        adapter.save_pretrained(adapters / f"exit{exit_layer}")
+    common = ["--model-path", str(speaking.base), "--adapters", str(adapters), "--device", "cpu", "--questions", "1"]
+    common += ["--benches", "mtbench", "--methods", "cascade_chain", "--max-new-tokens", "4", "--draft-layer", "1", "--output", str(output)]
+    acceptance_table.main([*common, "--shallow-layer", "3"])
+    acceptance_table.main([*common, "--shallow-layer", "2"])
+    assert [row["exits"] for row in json.loads(output.read_text())["rows"]] == ["1/2", "1/3"]
 
 
 def test_an_incomplete_cell_stays_out_until_it_is_filled(tmp_path: Path, speaking: TinyModel) -> None:
     output = tmp_path / "table.json"
     fill(speaking, output, "--benches", "mtbench")
-    cell = tmp_path / "table.cells" / "mtbench.cascade_chain.jsonl"
+    cell = tmp_path / "table.cells" / "mtbench.cascade_chain.1-3.jsonl"
     whole = read_records(cell)
     cell.write_bytes(cell.read_bytes()[:-50])
     acceptance_table.main(["--merge", "--output", str(output)])
@@ -53,7 +78,12 @@ def test_an_incomplete_cell_stays_out_until_it_is_filled(tmp_path: Path, speakin
 
 def test_what_is_missing_is_said(tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "table.json"
-    for flags, complaint in ((["--merge"], "holds no complete cell"), ([], "give --model-path and --methods")):
+    refused = (
+        (["--merge"], "holds no complete cell"),
+        (["--merge", "--methods", "kangaroo"], "--merge only reads the cells"),
+        (["--model-path", str(speaking.base)], "needs the draft adapter; give --draft-adapter-path, or --adapters"),
+    )
+    for flags, complaint in refused:
         with pytest.raises(SystemExit) as ended:
             acceptance_table.main([*flags, "--output", str(output)])
         assert ended.value.code == 2

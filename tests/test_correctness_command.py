@@ -1,6 +1,7 @@
 """`python -m evaluation.correctness`: agreement is found, a difference is shown with its place, tokens and logit gap, status 1."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def test_all_methods_agree_and_the_result_says_what_was_compared(
     assert result["comparisons"] == 2 * 3 * len(PRESETS)
     assert result["differences"] == 0
     assert result["settings"]["dtype"] == "float32"
+    assert result["arithmetic"] == {"held": "float32", "computed": "float32"}
+    lengths = result["accepted_length"]
+    assert set(lengths) == set(PRESETS)
+    assert lengths["autoregressive"] == 1
+    assert lengths["cascade_tree"] > 1
     assert {"cpu", "torch", "transformers", "command"} <= result["environment"].keys()
     assert "0 differ" in capsys.readouterr().out
 
@@ -127,8 +133,13 @@ def test_other_prompts_of_the_same_name_or_other_exits_are_not_gone_on_with(
     command = flags(speaking, "--methods", "kangaroo", "--prompts", str(asked), "--max-new-tokens", "3", "--output", str(output))
     command = [flag for flag in command if flag not in ("--shallow-adapter-path", str(speaking.shallow))]
     correctness.main(command)
+    correctness.main([*command, "--draft-layer", "1"])  # which is what the adapter says itself
+    upstream = shutil.copytree(speaking.draft, tmp_path / "draft")
+    config = json.loads((upstream / "config.json").read_text())
+    del config["exit_layer"]
+    (upstream / "config.json").write_text(json.dumps(config))
     for turn, change, said in (
-        ("Hi.", ["--draft-layer", "1"], "adapters.draft.exit_layer None, now it is 1"),
+        ("Hi.", ["--draft-adapter-path", str(upstream), "--draft-layer", "2"], "adapters.draft.exit_layer 1, now it is 2"),
         ("Ho.", [], "prompts.sha256"),
     ):
         asked.write_text(json.dumps({"question_id": 1, "category": "x", "turns": [turn]}) + "\n")

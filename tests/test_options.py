@@ -3,16 +3,28 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cats import METHODS, AutoregressiveConfig, CascadeConfig, CatsError, EagleSelfConfig, KangarooConfig, PromptLookupConfig
+from cats import (
+    METHODS,
+    AutoregressiveConfig,
+    CascadeConfig,
+    CatsError,
+    EagleSelfConfig,
+    Generation,
+    KangarooConfig,
+    PromptLookupConfig,
+)
 from cats.cli.method_flags import chosen_method, every_setting
 from evaluation import CATS_dynamic
 from evaluation.presets import PRESETS, parse_presets
 from evaluation.record_file import read_records
+from evaluation.subject import Subject
 from tests.tiny_models import TinyModel
 
+FIXTURE = Path(__file__).resolve().parent.parent / "data" / "tiny"
 README_FLAGS = shlex.split("""
     --model-id cats_chain_mtbench --bench-name mt_bench --question-begin 0 --question-end 80 --draft-layer 1 --shallow-layer 3 --steps 5
     --sv-passes 1 --threshold 0.0 --tree-topk 1 --total-tokens -1 --num-runs 1 --temperature 0.0 --typical-tau 0.0 --typical-alpha 0.0
@@ -86,6 +98,51 @@ def test_the_readmes_run_writes_what_it_documents(here: Path, speaking: TinyMode
     assert set(plain["layer_passes"]) == {6}
 
 
+def drafted(committed: list[int], steps: int, most: int) -> int:
+    """Tokens that a chain of `steps` drafts in a turn of at most `most` tokens, by the tokens that each of its cycles kept."""
+    left = [most - 2 - sum(committed[:place]) for place in range(len(committed))]
+    return sum(min(steps, room) for room in left)
+
+
+def test_the_papers_command_line_fills_the_confusion_matrix(here: Path) -> None:
+    """The paper's command line in half precision, on the small test model: the matrix adds up from the answers, turn by turn."""
+    flags = shlex.split(" ".join(README_FLAGS).replace("--question-end 80 --draft-layer 1 --shallow-layer 3", "--question-end 2"))
+    flags[-1] = "24"
+    adapters = ["--adapters", str(FIXTURE / "adapters"), "--draft-layer", "2", "--shallow-layer", "6"]
+    CATS_dynamic.main(["--model-path", str(FIXTURE), *adapters, *flags, "--device", "cpu"])
+    output = here / "data" / "mt_bench" / "cats_chain_mtbench"
+    metrics = json.loads((output / "verification_metrics.json").read_text())
+    assert metrics["arithmetic"] == {"held": "float16", "computed": "float32"}
+    matrix = metrics["all"]["confusion"]
+    turns = [steps for record in read_records(output / "0.jsonl") for steps in record["choices"][0]["steps"]]
+    assert len(turns) == 4
+    for name in ("TP", "FP", "FN", "TN"):
+        assert matrix[name] == sum(steps["confusion"][name.lower()] for steps in turns) > 0
+    assert sum(matrix[name] for name in ("TP", "FP", "FN", "TN")) == sum(drafted(steps["committed"], 5, 24) for steps in turns)
+    assert matrix["TP"] + matrix["FN"] >= sum(steps["accepted_kinds"]["trunk"] for steps in turns)
+    assert matrix["precision"] == matrix["TP"] / (matrix["TP"] + matrix["FP"])
+    assert matrix["recall"] == matrix["TP"] / (matrix["TP"] + matrix["FN"])
+
+
+def test_a_bug_in_a_question_ends_a_run_that_keeps_going_with_status_1(
+    here: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = Subject.answer
+
+    def broken(subject: Subject, prompt_ids: list[int], *given: Any) -> Generation:
+        if subject.text.decode(prompt_ids).count("So?"):
+            raise IndexError("list index out of range")
+        return answer(subject, prompt_ids, *given)
+
+    monkeypatch.setattr(Subject, "answer", broken)
+    asked = ["--question-file", questions(here, ("Hi.",), ("So?",)), "--max-new-tokens", "3", "--output-dir", "out"]
+    with pytest.raises(SystemExit) as ended:
+        CATS_dynamic.main([*paths(speaking), "--method", "prompt_lookup", "--model-id", "m", "--device", "cpu", *asked, "--keep-going"])
+    assert ended.value.code == 1
+    assert "question 2: IndexError: list index out of range" in capsys.readouterr().err
+    assert json.loads(Path("out/verification_metrics.json").read_text())["all"]["questions"] == 1
+
+
 def test_a_second_call_asks_nothing_again_and_more_questions_join(here: Path, speaking: TinyModel) -> None:
     asked = questions(here, ("Hi.",), ("So?",), ("No.",))
     common = [*paths(speaking), "--method", "prompt_lookup", "--model-id", "m", "--question-file", asked, "--max-new-tokens", "5"]
@@ -134,7 +191,10 @@ def test_a_prompt_longer_than_the_context_is_named_or_recorded(
     common = [*paths(speaking), "--method", "autoregressive", "--model-id", "m", "--question-file", asked, "--device", "cpu"]
     common += ["--max-new-tokens", "3", "--output-dir", "out"]
     assert "the prompt of question 2 has" in refused(capsys, here, common)
-    CATS_dynamic.main([*common, "--keep-going"])
+    with pytest.raises(SystemExit) as ended:
+        CATS_dynamic.main([*common, "--keep-going"])
+    assert ended.value.code == 2
+    assert "1 answers are missing (question 2: the prompt" in capsys.readouterr().err
     records = read_records(Path("out/0.jsonl"))
     assert "failed" not in records[0]
     assert "2" in records[1]["failed"]
@@ -193,7 +253,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     ("flags", "complaint"),
     [
         ("", "the method cascade needs the draft adapter; give --draft-adapter-path"),
-        ("--method kangaroo --shallow-layer 3", "needs the draft adapter"),
+        ("--method kangaroo --shallow-layer 3", "--shallow-layer does nothing for kangaroo"),
         ("--method prompt_lookup --draft-layer 1", "--draft-layer does nothing for prompt_lookup"),
         ("--method autoregressive --baseline", "--baseline compares with plain decoding"),
     ],

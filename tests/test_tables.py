@@ -11,7 +11,8 @@ import torch
 from cats import CatsError
 from cats.config import AutoregressiveConfig
 from evaluation import tables
-from evaluation.tables import TOLERANCE, Row, exit_of, main, planned_bytes, rendered, scaled_budgets
+from evaluation.chosen_model import exit_of
+from evaluation.tables import TOLERANCE, Row, main, planned_bytes, rendered, scaled_budgets
 from scripts.make_synthetic_checkpoint import base_config, make_checkpoint
 from tests.test_synthetic_checkpoint import CONFIG
 
@@ -43,7 +44,8 @@ def test_budgets_of_the_papers_model_are_the_papers(monkeypatch: pytest.MonkeyPa
     places = {"lm_head.weight": SimpleNamespace(nbytes=262_144_000)}
     places |= {f"model.layers.{layer}.mlp": SimpleNamespace(nbytes=404_766_720) for layer in range(32)}
     monkeypatch.setattr(tables, "locate_tensors", lambda _: places)
-    assert [(round(nbytes / 1e9, 3), paper) for nbytes, paper in scaled_budgets("vicuna", 134_234_112)] == [(2.0, 2), (6.0, 6), (8.0, 8)]
+    budgets = scaled_budgets(Path("vicuna"), 134_234_112)
+    assert [(round(nbytes / 1e9, 3), paper) for nbytes, paper in budgets] == [(2.0, 2), (6.0, 6), (8.0, 8)]
 
 
 def test_rows_follow_the_paper() -> None:
@@ -106,6 +108,14 @@ def test_a_shallow_exit_that_is_not_behind_the_drafts_is_refused(tmp_path: Path,
         main([*flags.split(), "--output", str(tmp_path / "table4.json")])
     assert stopped.value.code == 2
     assert "the exit 2 of" in capsys.readouterr().err
+
+
+def test_of_a_folder_of_adapters_the_first_exit_drafts() -> None:
+    args = tables.parse(f"bytes-per-token --model-path {TINY} --adapters {TINY / 'adapters'} --output x.json".split())
+    _, directory, draft, shallows = tables.chosen_places(args)
+    assert directory == TINY
+    assert exit_of(draft) == 2
+    assert [exit_of(shallow) for shallow in shallows] == [4, 6, 8]
 
 
 def test_an_adapter_that_does_not_say_its_exit_is_refused(tmp_path: Path) -> None:

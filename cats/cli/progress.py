@@ -3,7 +3,8 @@
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -18,6 +19,13 @@ def live_bar(items: Iterable[T] | None = None, **settings: Any) -> "tqdm[T]":
     if not bar.disable:
         threading.Thread(target=_beat, args=(weakref.ref(bar),), name="heartbeat", daemon=True).start()
     return bar
+
+
+@contextmanager
+def heartbeat(what: str, shown: bool = True) -> Iterator[None]:
+    """Say what goes on inside the block, and for how long already, where nothing can be counted."""
+    with live_bar(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=not shown):
+        yield
 
 
 def _beat(known: "weakref.ref[tqdm[Any]]") -> None:
