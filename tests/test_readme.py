@@ -1,4 +1,4 @@
-"""The README's commands: every module is there, every flag is known to it, every path that it names exists."""
+"""The commands of the README and of docs/: every module is there, every flag is known to it, every path that it names exists."""
 
 import importlib
 import re
@@ -11,8 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
 FENCES = [
-    text for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL) if language in ("", "bash")
+    text
+    for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", "\n".join(TEXTS), flags=re.MULTILINE | re.DOTALL)
+    if language in ("", "bash")
 ]
 PYTHON = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
@@ -62,7 +65,7 @@ def test_the_python_in_the_readme_runs(block: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_paths_in_the_readme_exist() -> None:
-    named = set(re.findall(r"`((?:cats|training|evaluation|data|scripts|tests)/[\w./-]+\.\w+)`", README))
+    named = set(re.findall(r"`((?:cats|training|evaluation|data|scripts|tests)/[\w./-]+\.\w+)`", "\n".join(TEXTS)))
     assert named
     assert not [path for path in named if not (ROOT / path).exists()]
 
