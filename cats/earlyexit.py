@@ -8,6 +8,7 @@ the model's `source` alone.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +24,11 @@ from cats.errors import CatsError
 from cats.families import check_layers, check_rope, family_of, usable_context
 from cats.kv_cache import KVCache
 from cats.linear import Embedding, WorkSpace, replace_projections
+from cats.planning.plan import EXACT, View
 from cats.rope import RopeTable
 from cats.turns import Turns
+
+AT_ONCE = nullcontext()
 
 
 class WeightSource(Protocol):
@@ -34,13 +38,28 @@ class WeightSource(Protocol):
         bytes_taken: bytes of weights that passes have taken from a stream.
         wait_seconds: time that passes have waited for them.
         one_answer: whether caches and activations are granted for one answer at a time.
+        holds_sublayers: whether all that an attention or an MLP multiplies by can be kept at once.
     """
 
-    bytes_taken: int
-    wait_seconds: float
+    @property
+    def bytes_taken(self) -> int: ...
+
+    @property
+    def wait_seconds(self) -> float: ...
 
     @property
     def one_answer(self) -> bool: ...
+
+    @property
+    def holds_sublayers(self) -> bool: ...
+
+    def keeping(self, layer: int, sublayer: str) -> AbstractContextManager[None]:
+        """Inside the block the weights of an attention ("self_attn") or MLP ("mlp") come once and stay."""
+        ...
+
+    def check(self, view: View) -> None:
+        """Raise `CatsError` where a view other than EXACT cannot run: it would draft with weights that are not resident."""
+        ...
 
     def admit(self, positions: int, nodes: int) -> None:
         """Raise `CatsError` where an answer of so many positions, with trees of so many nodes, would break the memory budget."""
@@ -57,6 +76,14 @@ class ResidentWeights:
     bytes_taken = 0
     wait_seconds = 0.0
     one_answer = False
+    holds_sublayers = True
+
+    def keeping(self, layer: int, sublayer: str) -> AbstractContextManager[None]:
+        """See `WeightSource`."""
+        return AT_ONCE
+
+    def check(self, view: View) -> None:
+        """See `WeightSource`."""
 
     def admit(self, positions: int, nodes: int) -> None:
         """See `WeightSource`."""
@@ -66,12 +93,40 @@ class ResidentWeights:
         return []
 
 
-@dataclass(frozen=True)
-class SkippedParts:
-    """Sub-layers left out of a run: a draft made of a subset of the model (CAS-Spec, paper's layer sparsity)."""
+@dataclass(slots=True)
+class Rows:
+    """Rows of one sequence that go through a layer together: the nodes of a step, or a stretch of a prompt.
 
-    attention: frozenset[int] = frozenset()
-    mlp: frozenset[int] = frozenset()
+    Attributes:
+        hidden_BTD: their states; a layer replaces them.
+        rope: cosines and sines of their positions.
+        bias: additive, [1, 1, T, S + T]; None means causal (no cache) or everything visible (one query).
+        cache: of their sequence.
+        slots, end: where `cache` takes their entries, and up to where it is visible; None: as its `writing` block says.
+    """
+
+    hidden_BTD: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor]
+    bias: torch.Tensor | None = None
+    cache: KVCache | None = None
+    slots: slice | torch.Tensor | None = None
+    end: int = 0
+
+    def attend(self, layer: Any) -> None:
+        """Add the attention of a decoder layer."""
+        if self.cache is not None and self.slots is not None:
+            self.cache.aim(self.slots, self.end)
+        attended, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(self.hidden_BTD),
+            attention_mask=self.bias,
+            position_embeddings=self.rope,
+            past_key_values=self.cache,
+        )
+        self.hidden_BTD = self.hidden_BTD + attended
+
+    def transform(self, layer: Any) -> None:
+        """Add the MLP of a decoder layer."""
+        self.hidden_BTD = self.hidden_BTD + layer.mlp(layer.post_attention_layernorm(self.hidden_BTD))
 
 
 class EarlyExitLlamaForCausalLM(nn.Module):
@@ -169,9 +224,9 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         past_key_values: KVCache | None = None,
         attention_mask: torch.Tensor | None = None,
         positions_T: torch.Tensor | None = None,
-        skipped: SkippedParts | None = None,
+        view: View = EXACT,
     ) -> torch.Tensor:
-        """Run layers `[start_layer, end_layer)`; the one routine behind draft, shallow and target passes.
+        """Run layers `[start_layer, end_layer)` on rows of one sequence; the one-group case of `run_layers`.
 
         Args:
             input_ids: token ids [B, T], to be embedded (only with `start_layer` 0), or
@@ -180,7 +235,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
             past_key_values: entries are written and read at the slots that the cache's `writing` block says.
             attention_mask: additive bias [1, 1, T, S + T]; None means causal (no cache) or everything visible (one query).
             positions_T: position of each query; 0, 1, .. where not given.
-            skipped: sub-layers to leave out.
+            view: the form of the model that runs.
 
         Returns:
             hidden states [B, T, D] that leave layer `end_layer - 1` (before the final norm).
@@ -190,40 +245,38 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         hidden_BTD: torch.Tensor = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
         if positions_T is None:
             positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
-        rope = self.rope.rows(positions_T, hidden_BTD.dtype)
-        for index in range(start_layer, self.layer_count if end_layer is None else end_layer):
-            if skipped is None:
-                hidden_BTD = self.layers[index](
-                    hidden_BTD, attention_mask=attention_mask, position_embeddings=rope, past_key_values=past_key_values
-                )
-            else:
-                hidden_BTD = self._run_parts(index, hidden_BTD, attention_mask, rope, past_key_values, skipped)
-        return hidden_BTD
+        rows = Rows(hidden_BTD, self.rope.rows(positions_T, hidden_BTD.dtype), attention_mask, past_key_values)
+        self.run_layers([rows], start_layer, self.layer_count if end_layer is None else end_layer, view)
+        return rows.hidden_BTD
 
-    def _run_parts(
-        self,
-        index: int,
-        hidden_BTD: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: KVCache | None,
-        skipped: SkippedParts,
-    ) -> torch.Tensor:
-        """One decoder layer without the parts that `skipped` names."""
-        if index in skipped.attention and index in skipped.mlp:
-            return hidden_BTD
-        layer: Any = self.layers[index]
-        if index not in skipped.attention:
-            attended, _ = layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden_BTD),
-                attention_mask=attention_mask,
-                position_embeddings=rope,
-                past_key_values=past_key_values,
-            )
-            hidden_BTD = hidden_BTD + attended
-        if index not in skipped.mlp:
-            hidden_BTD = hidden_BTD + layer.mlp(layer.post_attention_layernorm(hidden_BTD))
-        return hidden_BTD
+    def run_layers(self, groups: Sequence[Rows], start: int, end: int, view: View = EXACT) -> int:
+        """Take every group through layers `[start, end)`; the one loop behind prompts, drafts, target passes and batches.
+
+        All groups go through a layer before the next one, so that they share one stream of its weights. What a group gives does not
+        depend on the others: products are made group by group. Groups of one sequence come in the order of their positions. Where the
+        ring cannot keep what a sublayer streams, each group goes through all layers alone.
+
+        Returns:
+            how many layers were run.
+        """
+        if len(groups) > 1 and not self.source.holds_sublayers:
+            return sum(self.run_layers([group], start, end, view) for group in groups)
+        if view is not EXACT and view != EXACT:
+            self.source.check(view)
+        several, passes = len(groups) > 1, 0
+        for index in range(start, end) if groups else ():
+            layer = self.layers[index]
+            attends, transforms = index not in view.attention, index not in view.mlp
+            passes += attends or transforms
+            if attends:
+                with self.source.keeping(index, "self_attn") if several else AT_ONCE:
+                    for group in groups:
+                        group.attend(layer)
+            if transforms:
+                with self.source.keeping(index, "mlp") if several else AT_ONCE:
+                    for group in groups:
+                        group.transform(layer)
+        return passes
 
     def hidden_states(self, input_ids: torch.Tensor, exits: Sequence[int]) -> dict[int, torch.Tensor]:
         """States [B, N, D] leaving layers `[0, exit)` for each exit (0: the embeddings), by one causal pass without a cache."""

@@ -4,9 +4,9 @@ Token ids in, token ids out: no tokenizer, no text.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from cats.cats_model import MultiAdapterCATSModel
 from cats.config import GenerationConfig, require
 from cats.errors import CatsError, ContractError
 from cats.methods.base import Method
-from cats.state import Cycle, DecodeState
+from cats.state import Cycle, DecodeState, verify
 from cats.trace import Confusion, StepTrace
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def read_prompt(state: DecodeState, acceptance: Acceptance, limits: Limits) -> S
         nodes=1,
         accepted=0,
         committed=keep,
-        layer_passes=state.base.layer_count,
+        layer_passes=state.prompt_passes,
         bytes_streamed=streamed,
         seconds=seconds,
         started=cycle.watch.started,
@@ -112,23 +112,52 @@ def read_prompt(state: DecodeState, acceptance: Acceptance, limits: Limits) -> S
 
 def decode_step(state: DecodeState, method: Method, acceptance: Acceptance, limits: Limits) -> Step:
     """One cycle: propose, verify, accept, commit."""
-    cycle = Cycle(state, limits.depth(len(state.tokens)))
-    with naming(method):
-        nodes = list(method.propose(cycle))
-        cycle.tree.check_choice(nodes)
-    with cycle.stage("target"):
-        logits_TV = cycle.target_logits(nodes)
+    return decode_together([Sequenced(state, method, acceptance, limits)])[0]
+
+
+class Sequenced(NamedTuple):
+    """One answer in the making, and what drives it; a method object belongs to one answer at a time."""
+
+    state: DecodeState
+    method: Method
+    acceptance: Acceptance
+    limits: Limits
+
+
+def decode_together(answers: Sequence[Sequenced]) -> list[Step]:
+    """One cycle of several answers of one model: each proposes alone, in resident layers, and all verify in one target pass.
+
+    The tokens are those of single cycles. Bytes streamed are shared, and stand in every trace.
+    """
+    cycles, chosen = [], []
+    for answer in answers:
+        cycle = Cycle(answer.state, answer.limits.depth(len(answer.state.tokens)))
+        with naming(answer.method):
+            nodes = list(answer.method.propose(cycle))
+            cycle.tree.check_choice(nodes)
+        cycles.append(cycle)
+        chosen.append(nodes)
+    with ExitStack() as clocks:
+        for cycle in cycles:
+            clocks.enter_context(cycle.stage("target"))
+        logits = verify(cycles, chosen)
+    return [accept(*parts) for parts in zip(answers, cycles, chosen, logits, strict=True)]
+
+
+def accept(answer: Sequenced, cycle: Cycle, nodes: list[int], logits_TV: torch.Tensor) -> Step:
+    """The end of a cycle: judge the nodes, commit the accepted path."""
+    state, method, limits = answer.state, answer.method, answer.limits
     with cycle.stage("accept"):
-        verdict = acceptance.judge(cycle.tree, nodes, logits_TV)
+        verdict = answer.acceptance.judge(cycle.tree, nodes, logits_TV)
         with naming(method):
             method.observe(cycle, nodes, logits_TV, verdict)
         tokens = [cycle.tree.tokens[node] for node in verdict.path[1:]] + [verdict.next_token]
-        answer = state.tokens[limits.prompt :]
-        length, finish = limits.cut(answer, tokens)
-        keep = max(0, length - len(answer))
+        so_far = state.tokens[limits.prompt :]
+        length, finish = limits.cut(so_far, tokens)
+        keep = max(0, length - len(so_far))
         if keep:
             state.commit(cycle, verdict.path[:keep], tokens[keep - 1])
-    return Step(tokens[:keep], finish, trace_of(cycle, nodes, verdict, keep), max(0, len(answer) - length))
+    return Step(tokens[:keep], finish, trace_of(cycle, nodes, verdict, keep), max(0, len(so_far) - length))
 
 
 @contextmanager

@@ -39,13 +39,17 @@ class KVCache(Cache):
     @contextmanager
     def writing(self, slots: slice | torch.Tensor, end: int) -> Iterator[None]:
         """Within this block `update` writes at `slots` (a slice, or indices [T]) and returns the slots below `end`."""
-        if end > self.capacity:
-            raise RuntimeError(f"slot {end - 1} is beyond the cache's {self.capacity} slots: a method grew more nodes than its max_nodes")
-        self._slots, self._end = slots, end
+        self.aim(slots, end)
         try:
             yield
         finally:
             self._slots, self._end = slice(0, 0), 0
+
+    def aim(self, slots: slice | torch.Tensor, end: int) -> None:
+        """Let `update` write at `slots` and return the slots below `end`, from now on."""
+        if end > self.capacity:
+            raise RuntimeError(f"slot {end - 1} is beyond the cache's {self.capacity} slots: a method grew more nodes than its max_nodes")
+        self._slots, self._end = slots, end
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -7,16 +7,16 @@ computed twice: drafting takes nodes to exit d, shallow verification to exit s, 
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
 from cats.adapter import AdapterModel
 from cats.cats_model import MultiAdapterCATSModel
-from cats.earlyexit import SkippedParts
+from cats.earlyexit import Rows
 from cats.kv_cache import KVCache
-from cats.masks import causal_bias, tree_bias
-from cats.planning.plan import PREFILL_ROWS
+from cats.masks import causal_bias, causal_biases, sent, tree_bias
+from cats.planning.plan import EXACT, PREFILL_ROWS, View
 from cats.trace import StageSeconds, Stopwatch
 from cats.tree import UNKNOWN, TokenTree
 
@@ -58,6 +58,7 @@ class DecodeState:
         cache: base keys and values of all tokens but the root.
         adapters: state of every adapter that the method uses.
         final_hidden_1D: state leaving the last layer at the newest cached token.
+        prompt_passes: decoder layers run while the prompt was read.
     """
 
     def __init__(self, model: MultiAdapterCATSModel, prompt: Sequence[int], adapters: tuple[str, ...], capacity: int, max_nodes: int):
@@ -71,6 +72,8 @@ class DecodeState:
         self.adapters = {name: AdapterState(model.adapters[name], capacity + max_nodes, like) for name in adapters}
         self.levels = sorted({*self.exits.values(), base.layer_count})
         self.final_hidden_1D = like
+        self.prompt_passes = 0
+        self._places = torch.arange(capacity + max_nodes, device=base.device)
         self._rows: dict[int, torch.Tensor] = {}
 
     def rows_at(self, layer: int) -> torch.Tensor:
@@ -80,36 +83,44 @@ class DecodeState:
         return self._rows[layer]
 
     def read_prompt(self) -> torch.Tensor:
-        """Run the prompt through every layer, in pieces; returns the logits [1, V] after its last token."""
-        ids = torch.tensor([self.tokens], device=self.base.device)
-        for start in range(0, len(self.tokens), PREFILL_ROWS):
-            self._read_piece(ids[:, start : start + PREFILL_ROWS], start)
+        """Run the prompt through every layer, in groups of rows; returns the logits [1, V] after its last token."""
+        groups, reached = self._prompt_rows(), 0
+        for level in self.levels:
+            self.prompt_passes += self.base.run_layers(groups, reached, level)
+            reached = level
+            for name in (name for name, exit_layer in self.exits.items() if exit_layer == level):
+                for group in groups:
+                    self.adapters[name].read(group.hidden_BTD[0])
+        self.cache.length = len(self.tokens)
+        self.final_hidden_1D = groups[-1].hidden_BTD[0, -1:]
         return self.base.target_logits(self.final_hidden_1D)
 
-    def _read_piece(self, ids: torch.Tensor, start: int) -> None:
-        rows = ids.shape[1]
-        positions = torch.arange(start, start + rows, device=ids.device)
-        bias = causal_bias(rows, start, self.base.dtype, self.base.device)
-        hidden, reached = self.base.embed_tokens(ids), 0
-        with self.cache.writing(slice(start, start + rows), start + rows):
-            for level in self.levels:
-                hidden = self.base.forward_draft_or_large_model(
-                    hidden_states=hidden,
-                    start_layer=reached,
-                    end_layer=level,
-                    past_key_values=self.cache,
-                    attention_mask=bias,
-                    positions_T=positions,
-                )
-                reached = level
-                for name, exit_layer in self.exits.items():
-                    if exit_layer == level:
-                        self.adapters[name].read(hidden[0])
-        self.cache.length += rows
-        self.final_hidden_1D = hidden[0, -1:]
+    def _prompt_rows(self) -> list[Rows]:
+        """The prompt, embedded, PREFILL_ROWS positions to a group whatever the budget: a group's size shows in the last bits."""
+        base, count = self.base, len(self.tokens)
+        biases = causal_biases(count, PREFILL_ROWS, base.dtype, base.device)
+        positions = torch.arange(count, device=base.device).split(PREFILL_ROWS)
+        embedded = base.embed_tokens(torch.tensor([self.tokens], device=base.device)).split(PREFILL_ROWS, dim=1)
+        groups: list[Rows] = []
+        for hidden, bias, places in zip(embedded, biases, positions, strict=True):
+            start = len(groups) * PREFILL_ROWS
+            end = start + len(places)
+            groups.append(Rows(hidden, base.rope.rows(places, base.dtype), bias, self.cache, slice(start, end), end))
+        return groups
+
+    @property
+    def last_exit(self) -> int:
+        """The latest exit; the target pass begins there."""
+        return self.levels[-2] if len(self.levels) > 1 else 0
+
+    def positions(self, places: Sequence[int]) -> torch.Tensor:
+        """Places of a sequence on the device; consecutive ones without a transfer."""
+        index = as_index(places)
+        return self._places[index] if isinstance(index, slice) else sent(torch.tensor(index), self.base.device)
 
     def commit(self, cycle: "Cycle", path: Sequence[int], next_token: int) -> None:
         """Keep exactly `path` in every cache; the next token becomes the root."""
+        cycle.check_exact(path)
         self.cache.keep(path)
         for name in self.adapters:
             cycle.commit_adapter(name, path)
@@ -138,6 +149,7 @@ class Cycle:
         self.shallow_accepted: int | None = None
         self.shallow_verdicts: dict[int, bool] = {}
         self._level: list[int] = []
+        self._owner: list[View] = []
         self._ids_T = torch.empty(state.max_nodes, dtype=torch.long, device=state.base.device)
         self._ids_known = 0
         self._adapted: dict[str, set[int]] = {name: set() for name in state.adapters}
@@ -148,7 +160,8 @@ class Cycle:
         return self.watch.stage(name)
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
+        """Charge the block's seconds to computing."""
         begin = time.perf_counter()
         yield
         self.watch.charge("compute", time.perf_counter() - begin)
@@ -175,82 +188,87 @@ class Cycle:
             tokens = self.tree.tokens[self._ids_known : end]
             if UNKNOWN in tokens:
                 raise RuntimeError("a node with an unknown token was never named")
-            self._ids_T[self._ids_known : end] = torch.tensor(tokens, device=self._ids_T.device)
+            self._ids_T[self._ids_known : end] = sent(torch.tensor(tokens), self._ids_T.device)
             self._ids_known = end
 
-    def advance(self, nodes: Sequence[int], layer: int) -> None:
+    def advance(self, nodes: Sequence[int], layer: int, view: View = EXACT) -> None:
         """Take `nodes` from where each of them stands to `layer`; ancestors must stand there or come along.
 
-        Nodes that stand deeper wait until the others have caught up, then all go on in one batch: a layer runs at most once.
+        Nodes that stand deeper wait until the others have caught up, then all go on in one batch: a layer runs at most once. A node
+        belongs to the view that ran it last; under another view it begins again at layer 0.
         """
-        self._fill_ids(len(self.tree))
-        self._level += [0] * (len(self.tree) - len(self._level))
-        waiting = sorted(node for node in set(nodes) if self._level[node] < layer)
+        self._claim(nodes, view)
+        waiting = self._below(nodes, layer)
         while waiting:
             start = min(self._level[node] for node in waiting)
             active = [node for node in waiting if self._level[node] == start]
             stops = [self._level[node] for node in waiting] + [level for level in self.state.levels if level < layer] + [layer]
             stop = min(level for level in stops if level > start)
-            self._run(active, start, stop)
-            waiting = [node for node in waiting if self._level[node] < layer]
+            rows = self.enter(active, start, stop)
+            with self.computing():
+                passes = self.state.base.run_layers([rows], start, stop, view)
+            self.leave(active, rows, stop, passes)
+            waiting = self._below(waiting, layer)
 
-    def _run(self, nodes: list[int], start: int, stop: int) -> None:
-        """Run layers [start, stop) on nodes that all stand at `start`."""
+    def waiting_at(self, layer: int, nodes: Sequence[int]) -> list[int]:
+        """Those of `nodes` that are not through yet, if all of them stand at `layer`; else none."""
+        waiting = self._below(nodes, self.state.base.layer_count)
+        return waiting if all(self._level[node] == layer for node in waiting) else []
+
+    def _below(self, nodes: Sequence[int], layer: int) -> list[int]:
+        return sorted(node for node in set(nodes) if self._level[node] < layer)
+
+    def _claim(self, nodes: Sequence[int], view: View) -> None:
+        """Make `nodes` the view's own; what another view computed of them is forgotten, by the adapters too."""
+        self._fill_ids(len(self.tree))
+        self._level += [0] * (len(self.tree) - len(self._level))
+        self._owner += [EXACT] * (len(self.tree) - len(self._owner))
+        for node in nodes:
+            if self._owner[node] is not view and self._owner[node] != view:
+                self._owner[node], self._level[node] = view, 0
+                for done in self._adapted.values():
+                    done.discard(node)
+
+    def enter(self, nodes: list[int], start: int, stop: int) -> Rows:
+        """The rows of nodes that all stand at layer `start`, to be taken to `stop` in their own cache slots, under the tree mask."""
         together = set(nodes)
         for node in nodes:
             parent = self.tree.parents[node]
-            if parent >= 0 and self._level[parent] < stop and parent not in together:
+            if parent < 0 or parent in together:
+                continue
+            if self._level[parent] < stop:
                 raise RuntimeError(f"node {node} would run ahead of its parent {parent}, which stands at layer {self._level[parent]}")
-        rows = as_index(nodes)
-        base = self.state.base
-        hidden = base.embed_tokens(self._ids_T[rows]) if start == 0 else self.state.rows_at(start)[rows]
-        self.state.rows_at(stop)[rows] = self._pass(hidden, nodes, start, stop)
+            if self._owner[parent] != self._owner[node]:
+                raise RuntimeError(f"node {node} and its parent {parent} were run under different views of the model")
+        base, rows, end = self.state.base, as_index(nodes), nodes[-1] + 1
+        index = on_device(rows, base.device)
+        hidden_TD = base.embed_tokens(self._ids_T[index]) if start == 0 else self.state.rows_at(start)[index]
+        rope = base.rope.rows(self._positions(nodes), base.dtype)
+        bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, base.dtype, base.device)
+        return Rows(hidden_TD[None], rope, bias, self.state.cache, shifted(rows, self.prefix, base.device), self.prefix + end)
+
+    def leave(self, nodes: list[int], rows: Rows, stop: int, passes: int) -> None:
+        """Note where `nodes` stand now."""
+        self.state.rows_at(stop)[on_device(as_index(nodes), self.state.base.device)] = rows.hidden_BTD[0]
         for node in nodes:
             self._level[node] = stop
-        self.layer_passes += stop - start
-
-    def _pass(self, hidden_TD: torch.Tensor, nodes: list[int], start: int, stop: int, skipped: SkippedParts | None = None) -> torch.Tensor:
-        """Layers [start, stop) on the states of `nodes`, in their own cache slots, under the tree mask."""
-        base, rows, end = self.state.base, as_index(nodes), nodes[-1] + 1
-        bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, base.dtype, base.device)
-        positions = self._positions(nodes)
-        with self.state.cache.writing(shifted(rows, self.prefix), self.prefix + end), self._computing():
-            hidden_1TD = base.forward_draft_or_large_model(
-                hidden_states=hidden_TD[None],
-                start_layer=start,
-                end_layer=stop,
-                past_key_values=self.state.cache,
-                attention_mask=bias,
-                positions_T=positions,
-                skipped=skipped,
-            )
-        return hidden_1TD[0]
+        self.layer_passes += passes
 
     def _positions(self, nodes: Sequence[int]) -> torch.Tensor:
-        depths = [self.prefix + self.tree.depths[node] for node in nodes]
-        return torch.tensor(depths, device=self.state.base.device)
+        return self.state.positions([self.prefix + self.tree.depths[node] for node in nodes])
 
-    def draft_logits(self, nodes: Sequence[int], skipped: SkippedParts) -> torch.Tensor:
-        """Logits [T, V] of the target without some of its parts, for nodes whose ancestors were run the same way or come along.
+    def check_exact(self, path: Sequence[int]) -> None:
+        """Raise unless an exact pass took every node of `path` through the last layer."""
+        for node in path:
+            if self._owner[node] != EXACT or self._level[node] < self.state.base.layer_count:
+                raise RuntimeError(f"node {node} cannot be committed: the exact pass did not take it through the last layer")
 
-        The nodes stay at layer 0: the cache entries written here are approximate, and verification overwrites them.
-        """
-        nodes = sorted(nodes)
-        self._fill_ids(len(self.tree))
-        if any(self.level(node) for node in nodes):
-            raise RuntimeError("a node that stands at an exit cannot be drafted again by a part of the model")
+    def target_logits(self, nodes: Sequence[int], view: View = EXACT) -> torch.Tensor:
+        """Take `nodes` through the last layer; the logits [T, V] at each, in the order given. Those of a view other than EXACT draft."""
         base = self.state.base
-        hidden_TD = self._pass(base.embed_tokens(self._ids_T[as_index(nodes)]), nodes, 0, base.layer_count, skipped)
-        self.layer_passes += base.layer_count - len(skipped.attention & skipped.mlp)
-        with self._computing():
-            return base.target_logits(hidden_TD)
-
-    def target_logits(self, nodes: Sequence[int]) -> torch.Tensor:
-        """Take `nodes` through the last layer; the target's logits [T, V] at each, in the order given."""
-        base = self.state.base
-        self.advance(nodes, base.layer_count)
-        hidden_TD = self.state.rows_at(base.layer_count)[as_index(nodes)]
-        with self._computing():
+        self.advance(nodes, base.layer_count, view)
+        hidden_TD = self.state.rows_at(base.layer_count)[on_device(as_index(nodes), base.device)]
+        with self.computing():
             return base.target_logits(hidden_TD)
 
     def adapter_logits(self, name: str, nodes: Sequence[int]) -> torch.Tensor:
@@ -266,22 +284,22 @@ class Cycle:
         done.update(new)
         if new != list(nodes):
             hidden_TD = hidden_TD[[new.index(node) for node in nodes]]
-        with self._computing():
+        with self.computing():
             logits_TV: torch.Tensor = self.state.base.lm_head(hidden_TD)
         return logits_TV
 
     def _adapter_rows(self, name: str, state: AdapterState, exit_layer: int, nodes: list[int]) -> torch.Tensor:
         """Adapter outputs [T, D] for `nodes`, after the committed tokens still pending, in one batch."""
-        before = len(state.pending_ND)
+        before, device = len(state.pending_ND), self.state.base.device
         rows, end = as_index(nodes), nodes[-1] + 1
-        hidden, positions = self.state.rows_at(exit_layer)[rows], self._positions(nodes)
-        slots = shifted(rows, self.prefix)
+        hidden, positions = self.state.rows_at(exit_layer)[on_device(rows, device)], self._positions(nodes)
+        slots = shifted(rows, self.prefix, device)
         if before:
-            earlier = torch.arange(self.prefix - before, self.prefix, device=positions.device)
-            slots = torch.cat([earlier, self.prefix + torch.tensor(nodes, device=positions.device)])
-            hidden, positions = torch.cat([state.pending_ND, hidden]), torch.cat([earlier, positions])
+            earlier = range(self.prefix - before, self.prefix)
+            slots = self.state.positions([*earlier, *(self.prefix + node for node in nodes)])
+            hidden, positions = torch.cat([state.pending_ND, hidden]), torch.cat([self.state.positions(earlier), positions])
         bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, hidden.dtype, hidden.device, before)
-        with state.cache.writing(slots, self.prefix + end), self._computing():
+        with state.cache.writing(slots, self.prefix + end), self.computing():
             output: torch.Tensor = state.adapter(hidden[None], positions, bias, state.cache)[0, before:]
         state.cache.length, state.pending_ND = self.prefix, state.pending_ND[:0]
         self._caught_up.add(name)
@@ -293,8 +311,8 @@ class Cycle:
         read = [node for node in path if node in self._adapted[name]]
         if name in self._caught_up:
             state.cache.keep(read)
-        unread_ND = self.state.rows_at(self.state.exits[name])[as_index(path[len(read) :])]
-        with self._computing():
+        unread_ND = self.state.rows_at(self.state.exits[name])[on_device(as_index(path[len(read) :]), self.state.base.device)]
+        with self.computing():
             state.wait(unread_ND)
 
 
@@ -306,8 +324,36 @@ def as_index(nodes: Sequence[int]) -> slice | list[int]:
     return nodes
 
 
-def shifted(rows: slice | list[int], offset: int) -> slice | torch.Tensor:
+def on_device(rows: slice | list[int], device: torch.device) -> slice | torch.Tensor:
+    """An index that can be used on the device without waiting for it."""
+    return rows if isinstance(rows, slice) else sent(torch.tensor(rows), device)
+
+
+def shifted(rows: slice | list[int], offset: int, device: torch.device) -> slice | torch.Tensor:
     """Cache slots of tree rows that sit behind `offset` committed positions."""
     if isinstance(rows, slice):
         return slice(rows.start + offset, rows.stop + offset)
-    return torch.tensor([row + offset for row in rows])
+    return on_device([row + offset for row in rows], device)
+
+
+def verify(cycles: Sequence[Cycle], chosen: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Take the chosen nodes of each sequence's cycle through the last layer; the target's logits [T, V] of each.
+
+    Sequences catch up to the latest of their exits alone, in resident layers, and go on from there together: one stream of the weights
+    serves all of them.
+    """
+    base = cycles[0].state.base
+    start, end = max(cycle.state.last_exit for cycle in cycles), base.layer_count
+    together: list[tuple[Cycle, list[int], Rows]] = []
+    for cycle, nodes in zip(cycles, chosen, strict=True):
+        cycle.advance(nodes, start)
+        waiting = cycle.waiting_at(start, nodes)
+        if waiting:
+            together.append((cycle, waiting, cycle.enter(waiting, start, end)))
+    with ExitStack() as clocks:
+        for cycle in cycles:
+            clocks.enter_context(cycle.computing())
+        passes = base.run_layers([rows for _, _, rows in together], start, end)
+    for cycle, waiting, rows in together:
+        cycle.leave(waiting, rows, end, passes)
+    return [cycle.target_logits(nodes) for cycle, nodes in zip(cycles, chosen, strict=True)]

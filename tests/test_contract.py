@@ -12,8 +12,8 @@ import torch
 
 import cats
 from cats.acceptance import Verdict
-from cats.earlyexit import SkippedParts
 from cats.methods.base import Method
+from cats.planning.plan import View
 from cats.state import Cycle, DecodeState
 from tests.scripted_model import LAYERS, follow, random_script, scripted_model
 from tests.tiny_models import LAYERS as TINY_LAYERS
@@ -80,7 +80,7 @@ class LookaheadStub(Method):
 class CasSpecStub(Method):
     """Drafts a chain with a subset of the model's layers; the entries it leaves behind are approximate."""
 
-    skipped: SkippedParts
+    view: View
     steps: int = 4
     verdicts: list[bool] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class CasSpecStub(Method):
     def propose(self, cycle: Cycle) -> Sequence[int]:
         nodes = [0]
         while len(nodes) <= min(self.steps, cycle.depth_limit):
-            token = int(cycle.draft_logits(nodes[-1:], self.skipped)[0].argmax())
+            token = int(cycle.target_logits(nodes[-1:], self.view)[0].argmax())
             nodes.append(cycle.tree.add(nodes[-1], token, "trunk"))
         return nodes
 
@@ -122,11 +122,11 @@ def test_lookahead_stub_finds_ngrams_on_its_own() -> None:
 
 
 SUBSETS = {
-    "nothing": SkippedParts(),
-    "attention": SkippedParts(attention=frozenset({2, 4})),
-    "mlp": SkippedParts(mlp=frozenset({1, 3})),
-    "whole layers": SkippedParts(attention=frozenset({3, 4}), mlp=frozenset({3, 4})),
-    "apart": SkippedParts(attention=frozenset({2, 3}), mlp=frozenset({1, 4})),
+    "nothing": View(),
+    "attention": View(attention=frozenset({2, 4})),
+    "mlp": View(mlp=frozenset({1, 3})),
+    "whole layers": View(attention=frozenset({3, 4}), mlp=frozenset({3, 4})),
+    "apart": View(attention=frozenset({2, 3}), mlp=frozenset({1, 4})),
 }
 
 
@@ -150,7 +150,7 @@ def test_a_draft_without_some_parts_is_the_model_with_those_parts_zero(tiny: Tin
         without.base.layers[layer].mlp.down_proj.weight.data.zero_()
     with torch.inference_mode():
         ids = torch.tensor([prompt])
-        seen = model.base.forward_draft_or_large_model(input_ids=ids, skipped=skipped)
+        seen = model.base.forward_draft_or_large_model(input_ids=ids, view=skipped)
         torch.testing.assert_close(seen, without.base.hidden_states(ids, [TINY_LAYERS])[TINY_LAYERS])
 
 
@@ -158,8 +158,8 @@ def test_the_skipping_draft_of_a_scripted_model_loses_only_what_it_skips() -> No
     """Without its last attention the scripted target forgets the token before the last one, and nothing else."""
     target = random_script(6, seed=0)
     model = scripted_model(target, target, target)
-    skipped = SkippedParts(attention=frozenset({LAYERS - 1}))
+    skipped = View(attention=frozenset({LAYERS - 1}))
     with torch.inference_mode():
-        hidden = model.base.forward_draft_or_large_model(input_ids=torch.tensor([[1, 4, 2]]), skipped=skipped)
+        hidden = model.base.forward_draft_or_large_model(input_ids=torch.tensor([[1, 4, 2]]), view=skipped)
         logits = model.base.target_logits(hidden)[0, -1].numpy()
     assert np.corrcoef(logits, target.current_VV[2])[0, 1] == pytest.approx(1)

@@ -166,6 +166,62 @@ def test_places_in_a_ring_never_overlap() -> None:
                 held.append(slot)
 
 
+def test_closing_the_gap_makes_room_for_whatever_fits() -> None:
+    """Bytes move with their slots, overlap nothing, and what is free is one stretch."""
+    draw, gaps = random.Random(1), 0
+    for _ in range(300):
+        ring, content = Ring(draw.randint(4, 40)), bytearray(40)
+        for index in range(draw.randint(1, 60)):
+            slot = ring.reserve(index, draw.randint(1, ring.nbytes))
+            if slot is not None:
+                content[slot.start : slot.start + slot.length] = bytes([index]) * slot.length
+            elif draw.random() < 0.7:
+                ring.slots.popleft()
+        if not ring.slots:
+            continue
+        room = ring.nbytes - sum(slot.length for slot in ring.slots)
+        gaps += room > 0 and not ring.can_take([room])
+        source, destination, nbytes = ring.close_gap()
+        content[destination : destination + nbytes] = content[source : source + nbytes]
+        assert all(content[slot.start : slot.start + slot.length] == bytes([slot.index]) * slot.length for slot in ring.slots)
+        assert room == 0 or ring.can_take([room])
+        assert not ring.can_take([room + 1])
+    assert gaps > 20
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tensors_that_are_kept_stay_until_all_are_done_with(tmp_path: Path, seed: int) -> None:
+    """In a ring that holds the largest group exactly, wherever the last one left off; groups and single ones in turns."""
+    draw, tensors = random.Random(seed), random_tensors(seed, 13)
+    save_file(tensors, tmp_path / "model.safetensors")
+    order = order_of(tmp_path)
+    groups = [order[start : start + 3] for start in range(0, len(order), 3)]
+    streamer = Streamer(order, max(everything(group) for group in groups), Link())
+    for _ in range(6):
+        for group in groups:
+            names = [streamed.name for streamed in group]
+            if draw.random() < 0.3:
+                assert [take(streamer, name) for name in names] == [as_bytes(tensors[name]) for name in names]
+                continue
+            asked = names[: draw.randint(0, len(names))]
+            with streamer.keeping(names):
+                assert [take(streamer, name) for name in asked * 2] == [as_bytes(tensors[name]) for name in asked * 2]
+                with pytest.raises(RuntimeError, match="still in use"), streamer.keeping(names):
+                    pass
+    streamer.close()
+
+
+def test_more_than_the_ring_holds_cannot_be_kept(matrices: dict[str, torch.Tensor], open_streamer: Callable[..., Streamer]) -> None:
+    streamer, names = open_streamer("two"), list(matrices)
+    with pytest.raises(RuntimeError, match="cannot hold"), streamer.keeping(names[:3]):
+        pass
+    with streamer.keeping(names[:2]):
+        take(streamer, names[0])
+        with pytest.raises(RuntimeError, match="does not follow"):
+            take(streamer, names[2])
+    run_pass(streamer, matrices)
+
+
 def test_the_reader_runs_ahead_into_the_next_pass(matrices: dict[str, torch.Tensor], open_streamer: Callable[..., Streamer]) -> None:
     """What a pass reads is the pass, no more: after each, the ring holds the beginning of the next."""
     streamer = open_streamer("three")

@@ -14,7 +14,7 @@ class Method(ABC):
     """Proposes; never loops over tokens, never touches a cache.
 
     What a method can ask for, all through `Cycle`: run nodes to an exit (`advance`) and read an adapter there
-    (`adapter_logits`), run them through a part of the model (`draft_logits`), add query rows that cannot be accepted
+    (`adapter_logits`), draft with another view of the model (`target_logits` with a `View`), add query rows that cannot be accepted
     (`tree.add_probe`). What it gets back: `observe`.
     """
 

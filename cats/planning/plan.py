@@ -165,6 +165,18 @@ class MemoryPlan:
         """Bytes charged in all."""
         return sum(nbytes for _, nbytes in self.charges)
 
+    @property
+    def holds_sublayers(self) -> bool:
+        """Whether the ring holds at once what any attention or MLP streams, so that many groups of rows can share one stream."""
+        sizes: dict[tuple[int, str], int] = {}
+        for piece in self.streamed:
+            sizes[piece.sublayer] = sizes.get(piece.sublayer, 0) + window(piece.nbytes)
+        return max(sizes.values(), default=0) <= self.ring_bytes
+
+    def streams(self, groups: int) -> int:
+        """How often a pass over so many groups of rows reads what is streamed."""
+        return 1 if self.holds_sublayers else groups
+
 
 def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, covers: str = "process") -> MemoryPlan:
     """The plan that keeps the most within `budget_bytes` (None: everything); raises `BudgetError` where the demand does not fit."""
@@ -237,7 +249,8 @@ def activation_bytes(sizes: ModelSizes, demand: Demand) -> int:
     rows = max(demand.nodes, min(PREFILL_ROWS, demand.positions))
     slots = demand.positions + demand.nodes
     per_row = 10 * sizes.hidden + 6 * sizes.intermediate + 2 * slots
-    states = demand.compute_itemsize * (rows * per_row + 4 * slots * sizes.hidden)
+    prompt = 2 * demand.positions * sizes.hidden  # all of a prompt goes through a layer before the next one
+    states = demand.compute_itemsize * (rows * per_row + 4 * slots * sizes.hidden + prompt)
     return states + (demand.nodes + 1) * sizes.vocab * (demand.compute_itemsize + SAMPLING_BYTES)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import psutil
 
 from cats.errors import CatsError
-from cats.planning.plan import MemoryPlan, amount
+from cats.planning.plan import PREFILL_ROWS, MemoryPlan, amount
 
 GROWTH = 96_000_000
 """Bytes granted to the interpreter beyond what it holds before loading: threads, work spaces of matrix libraries, code paged in later."""
@@ -41,6 +41,8 @@ class Ledger:
         rows += [(name, amount(nbytes), amount(self.taken[name]) if name in self.taken else "") for name, nbytes in plan.charges]
         rows.append(("granted in all", amount(plan.charged), ""))
         rows.append(("streamed per target pass", amount(plan.streamed_bytes), ""))
+        if plan.streamed:
+            rows.append(("streams per prompt", "1" if plan.holds_sublayers else f"1 every {PREFILL_ROWS} tokens", ""))
         memory = psutil.Process().memory_info()
         rows.append(("the process holds now", amount(int(memory.rss)), ""))
         return aligned(rows)

@@ -2,8 +2,9 @@
 
 The ring is a circular byte buffer that holds the *windows* of tensors (whole 4096-byte blocks, see cats/runtime/direct_file.py)
 first in, first out. The reader fills it as far as there is room, past the end of a pass into the next one, so that the
-flash works while the model computes. The consumer asks for one tensor at a time, in order; what it holds is never
-overwritten. Asking out of order (an answer was abandoned, an exception unwound) drops what was read ahead and starts there.
+flash works while the model computes. The consumer asks for one tensor at a time, in order, or keeps several until it is done
+with all of them; what it holds is never overwritten. Asking out of order (an answer was abandoned, an exception unwound) drops
+what was read ahead and starts there.
 A file that changes on the disk is noticed when the next pass begins, or at once if it has become too short.
 
 Threads: the reader writes into slots that are not ready yet, the consumer reads the oldest slot once it is ready; everything else
@@ -15,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +89,24 @@ class Ring:
         self.slots.append(slot)
         return slot
 
+    def can_take(self, lengths: Iterable[int]) -> bool:
+        """Whether so many slots more would find room, one after the other, with nothing released."""
+        trial = Ring(self.nbytes)
+        trial.slots.extend(self.slots)
+        return all(trial.reserve(0, length) is not None for length in lengths)
+
+    def close_gap(self) -> tuple[int, int, int]:
+        """Make what is free one stretch, by moving the slots up to the wrap to where the others leave off; what is to be moved:
+        (source, destination, bytes)."""
+        slots = list(self.slots)
+        wrap = next((place for place in range(1, len(slots)) if slots[place].start < slots[place - 1].start), len(slots))
+        source = slots[0].start
+        nbytes = slots[wrap - 1].start + slots[wrap - 1].length - source
+        destination = 0 if wrap == len(slots) else self.nbytes - nbytes
+        for slot in slots[:wrap]:
+            slot.start += destination - source
+        return source, destination, nbytes
+
     def _room(self, length: int) -> int | None:
         if not self.slots:
             return 0 if length <= self.nbytes else None
@@ -114,6 +133,7 @@ class Streamer:
     """The consumer's side.
 
     Attributes:
+        bytes_taken: windows of the tensors that were handed out.
         wait_seconds: spent waiting for tensors to arrive.
         waits: begin and end of each of these waits, in seconds of `time.perf_counter`, while `record` is set.
         record: whether readings are kept in `events`, and waits (the last 100 000 of each); off unless set.
@@ -144,9 +164,11 @@ class Streamer:
         self._close = weakref.finalize(self, self._reader.close)
         self.ring_bytes = ring_bytes
         self.link = link
+        self.bytes_taken = 0
         self.wait_seconds = 0.0
         self.waits: deque[tuple[float, float]] = deque(maxlen=MOST_EVENTS)
-        self._held: Slot | None = None
+        self._held: list[Slot] = []
+        self._kept: dict[str, torch.Tensor] | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -185,36 +207,65 @@ class Streamer:
     def tensor(self, name: str) -> Iterator[torch.Tensor]:
         """Wait for a tensor; the view of it in the ring is valid inside the `with` block, one block at a time.
 
+        Inside a `keeping` block it stays until that ends, and may be asked for again.
+
         Raises:
             CatsError: it cannot be read, a file changed, the reader ended or the streamer was closed; so does every later call.
             KeyError: no such name.
         """
-        self._refuse_second()
+        if self._kept is not None:
+            if name not in self._kept:
+                self._kept[name] = self._take(name)
+            yield self._kept[name]
+            return
+        if self._held:
+            raise RuntimeError(f"{self.order[self._held[0].index].name} is still in use; leave its `with` block first")
         try:
-            index = self._indices[name]
-            if index == 0:
-                self._reader.check_files()
-            begin = time.perf_counter()
-            try:
-                slot = self._held = self._reader.await_slot(index)
-            finally:
-                end = time.perf_counter()
-                self.wait_seconds += end - begin
-                if self.record:
-                    self.waits.append((begin, end))
-            yield tensor_in_window(self._reader.arena, slot.start, self.order[index].place)
+            yield self._take(name)
         finally:
-            if self._held is not None:
-                self._reader.release(self._held)
-                self._held = None
+            self._release()
+
+    @contextmanager
+    def keeping(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside the block these tensors, which follow on one another in the order, stay in the ring from when they are first asked for.
+
+        The ring must hold all of them; those that are not asked for are as good as any other tensor.
+        """
+        if self._held or self._kept is not None:
+            raise RuntimeError("tensors are still in use; leave their `with` block first")
+        self._kept = {}
+        try:
+            self._reader.make_room([self._indices[name] for name in names])
+            yield
+        finally:
+            self._kept = None
+            self._release()
+
+    def _take(self, name: str) -> torch.Tensor:
+        """Wait for a tensor, behind those that are held."""
+        index = self._indices[name]
+        if index == 0:
+            self._reader.check_files()
+        begin = time.perf_counter()
+        try:
+            slot = self._reader.await_slot(index, len(self._held))
+            self._held.append(slot)
+        finally:
+            end = time.perf_counter()
+            self.wait_seconds += end - begin
+            if self.record:
+                self.waits.append((begin, end))
+        self.bytes_taken += slot.length
+        return tensor_in_window(self._reader.arena, slot.start, self.order[index].place)
+
+    def _release(self) -> None:
+        for slot in self._held:
+            self._reader.release(slot)
+        self._held = []
 
     def close(self) -> None:
         """End the reader and close the files; a wait in another thread ends with an error. An unreachable streamer closes itself."""
         self._close()
-
-    def _refuse_second(self) -> None:
-        if self._held is not None:
-            raise RuntimeError(f"{self.order[self._held.index].name} is still in use; leave its `with` block first")
 
 
 class _Reader:
@@ -230,15 +281,17 @@ class _Reader:
         self._ring = Ring(ring_bytes)
         self._changed = threading.Condition()
         self._next = 0
+        self._paused = False
         self._error: str | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def await_slot(self, index: int) -> Slot:
-        """The oldest slot, once it is ready; it holds tensor `index`. Wakes up for signals, errors, closing and a dead thread."""
+    def await_slot(self, index: int, held: int) -> Slot:
+        """The oldest slot behind `held` others, once it is ready; it holds tensor `index`. Wakes up for signals, errors, closing and a
+        dead thread."""
         with self._changed:
-            self.go_to(index)
-            while not (self._ring.slots and self._ring.slots[0].ready) or self._closed:
+            self.go_to(index, held)
+            while not (len(self._ring.slots) > held and self._ring.slots[held].ready) or self._closed:
                 if self._closed:
                     raise CatsError(f"the weights' reader was closed before {self.order[index].what} was read; load the model again.")
                 if self._error is not None:
@@ -249,7 +302,31 @@ class _Reader:
                 elif not self._thread.is_alive():
                     raise self._death(index)
                 self._changed.wait(POLL_SECONDS)
-            return self._ring.slots[0]
+            return self._ring.slots[held]
+
+    def make_room(self, indices: Sequence[int]) -> None:
+        """Let the ring hold all of these tensors at once, the first of which is to be taken next. What was read of them may be moved."""
+        lengths = [window_bytes(self.order[index].place) for index in indices]
+        if sum(lengths) > self.arena.nbytes:
+            raise RuntimeError(f"a ring of {self.arena.nbytes} bytes cannot hold {sum(lengths)} at once")
+        with self._changed:
+            self.go_to(indices[0], 0)
+            if self._ring.can_take(lengths[len(self._ring.slots) :]):
+                return
+            self._paused = True
+            try:
+                while not all(slot.ready for slot in self._ring.slots) and not self._over:
+                    self._changed.wait(POLL_SECONDS)
+                if not self._over:
+                    self.arena.move(*self._ring.close_gap())
+            finally:
+                self._paused = False
+                self._changed.notify_all()
+
+    @property
+    def _over(self) -> bool:
+        """Whether nothing more will be read; taking a tensor then says why."""
+        return self._closed or self._error is not None or self._thread is None or not self._thread.is_alive()
 
     def release(self, slot: Slot) -> None:
         """The consumer is done with the oldest slot."""
@@ -258,10 +335,12 @@ class _Reader:
                 self._ring.slots.popleft()
             self._changed.notify_all()
 
-    def go_to(self, index: int) -> None:
-        """Make tensor `index` the next one to be taken; if it is not already, what was read ahead is dropped."""
+    def go_to(self, index: int, held: int) -> None:
+        """Make tensor `index` the next one to be taken behind `held` others; if it is not already, what was read ahead is dropped."""
         with self._changed:
-            if index != (self._ring.slots[0].index if self._ring.slots else self._next):
+            if index != (self._ring.slots[held].index if len(self._ring.slots) > held else self._next):
+                if held:
+                    raise RuntimeError(f"{self.order[index].name} does not follow on what is in use")
                 self._drop_all()
                 self._next = index
                 self._changed.notify_all()
@@ -311,7 +390,8 @@ class _Reader:
         """The next slot to fill, once there is room; None when closed or failed."""
         with self._changed:
             while not self._closed and self._error is None:
-                slot = self._ring.reserve(self._next, window_bytes(self.order[self._next].place))
+                length = window_bytes(self.order[self._next].place)
+                slot = None if self._paused else self._ring.reserve(self._next, length)
                 if slot is not None:
                     self._next = (self._next + 1) % len(self.order)
                     return slot

@@ -25,7 +25,7 @@ from cats.errors import CatsError
 from cats.families import family_of, usable_context
 from cats.kv_cache import head_dim
 from cats.linear import Embedding, Linear, WorkSpace, replace_projections, work_bytes
-from cats.planning.plan import BEHIND, Demand, MemoryPlan, ModelSizes, Piece, amount, front_name, held, plan_memory
+from cats.planning.plan import BEHIND, Demand, MemoryPlan, ModelSizes, Piece, View, amount, front_name, held, plan_memory
 from cats.runtime.arena import PAGE_BYTES, Arena
 from cats.runtime.budget import Ledger
 from cats.runtime.direct_file import DirectFile, read_tensor_into, tensor_in_window, window, window_bytes
@@ -49,8 +49,7 @@ class PlannedWeights:
         ledger: what was granted and taken.
         held_dtype: that values are rounded to, where they are stored in another one.
         streamer: None where nothing is streamed.
-        bytes_taken: bytes that passes have taken from flash: windows of streamed matrices, and rows of the embedding table.
-        wait_seconds: time that passes have waited for streamed matrices.
+        row_bytes: bytes read of rows of the embedding table.
     """
 
     def __init__(
@@ -62,7 +61,12 @@ class PlannedWeights:
         held_dtype: torch.dtype,
     ):
         self.plan, self.ledger, self.device, self.held_dtype = plan, Ledger(plan), device, held_dtype
-        self.bytes_taken, self.wait_seconds = 0, 0.0
+        self.row_bytes = 0
+        self.holds_sublayers = plan.holds_sublayers
+        self._kept: dict[str, torch.Tensor] | None = None
+        self._sublayers: dict[tuple[int, str], list[str]] = {}
+        for piece in plan.streamed:
+            self._sublayers.setdefault(piece.sublayer, []).append(tensor_name(piece))
         self.places = places
         self._files: dict[Path, DirectFile] = {}
         self.streamer: Streamer | None = None
@@ -82,9 +86,28 @@ class PlannedWeights:
                 self._copy = SideStreamCopy(device, self.streamer.arena)
 
     @property
+    def bytes_taken(self) -> int:
+        """Bytes that passes have taken from flash: windows of streamed matrices, and rows of the embedding table."""
+        return self.row_bytes + (self.streamer.bytes_taken if self.streamer else 0)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that passes have waited for streamed matrices."""
+        return self.streamer.wait_seconds if self.streamer else 0.0
+
+    @property
     def one_answer(self) -> bool:
         """See `WeightSource`."""
         return self.plan.budget_bytes is not None and self.plan.covers == "process"
+
+    def check(self, view: View) -> None:
+        """See `WeightSource`."""
+        missing = next((piece for piece in self.plan.streamed if view.needs(piece)), None)
+        if missing is not None:
+            raise CatsError(
+                f"a draft would need {missing.matrix} of layer {missing.layer}, which is streamed; only weights that are in memory draft: "
+                "raise --memory-budget, or use another method."
+            )
 
     def admit(self, positions: int, nodes: int) -> None:
         """See `WeightSource`."""
@@ -133,14 +156,31 @@ class PlannedWeights:
     @contextmanager
     def taking(self, name: str) -> Iterator[torch.Tensor]:
         """A streamed matrix on the compute device, while it is being used."""
-        streamer = self.streamer
-        if streamer is None:
+        if self.streamer is None:
             raise RuntimeError(f"{name} is held, not streamed")
-        waited = streamer.wait_seconds
-        with streamer.tensor(name) as weight:
-            self.wait_seconds += streamer.wait_seconds - waited
-            self.bytes_taken += window_bytes(self.places[name])
-            yield weight if self._copy is None else self._copy(weight)
+        with self.streamer.tensor(name) as weight:
+            if self._copy is None:
+                yield weight
+            elif self._kept is None:
+                yield self._copy(weight)
+            else:
+                if name not in self._kept:
+                    self._kept[name] = self._copy(weight)
+                yield self._kept[name]
+
+    @contextmanager
+    def keeping(self, layer: int, sublayer: str) -> Iterator[None]:
+        """See `WeightSource`."""
+        names = self._sublayers.get((layer, sublayer))
+        if self.streamer is None or not names:
+            yield
+            return
+        self._kept = {}
+        try:
+            with self.streamer.keeping(names):
+                yield
+        finally:
+            self._kept = None
 
     def close(self) -> None:
         """End the reader and close the files."""
@@ -199,7 +239,7 @@ class EmbeddingRows(nn.Module):
         start, length = window(row.offset, row.nbytes)
         needed = row.offset + row.nbytes - start
         self._source.file(row.path).read_into(self._arena.view[:length], start, needed, ROW)
-        self._source.bytes_taken += length
+        self._source.row_bytes += length
         return rounded(tensor_in_window(self._arena, 0, row), self._source.held_dtype).to(self._dtype, copy=True)
 
 
