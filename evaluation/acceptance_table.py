@@ -112,7 +112,7 @@ def fill(cell: Cell, subject: Subject, config: GenerationConfig, processes: Proc
     """Answer what the cell has no answer to."""
     contender = Contender(f"{cell.bench} {cell.label}", partial(_answer, subject, cell.method), cell.answers)
     on_start = partial(cell.write_settings, subject)
-    run_eval([contender], cell.questions, Asking(subject.text, config), processes, on_start=on_start)
+    run_eval([contender], cell.questions, Asking(subject.text, config, warm_up=False), processes, on_start=on_start)
 
 
 def _answer(subject: Subject, method: MethodConfig, prompt_ids: list[int], config: GenerationConfig) -> Any:

@@ -81,6 +81,7 @@ class Asking:
     run: int = 0
     keep_going: bool = False
     watcher: Watcher | None = None
+    warm_up: bool = True
 
 
 def run_eval(
@@ -93,8 +94,8 @@ def run_eval(
     """Ask every contender every question that its file has no answer to, then sort and clean the files.
 
     Contenders take turns question by question, and in the order of turns, so that noise of the machine hits all alike.
-    The questions are shared among the processes of `accelerate launch`; one question is asked first without being
-    recorded, to warm up; `on_start` is called in the main process after that and before the first answer. A question that
+    The questions are shared among the processes of `accelerate launch`; with `asking.warm_up` one question is asked first without
+    being recorded; `on_start` is called in the main process after that and before the first answer. A question that
     fails raises `CatsError` with its id and cause (a bug is raised as it stands, with the id as a note), or is recorded as failed if
     `asking.keep_going`; failed questions are asked again by the next run.
     """
@@ -102,7 +103,7 @@ def run_eval(
     missing = missing_answers(contenders, questions)
     processes.wait_for_everyone()
     mine = own_share(missing, processes)
-    if mine:
+    if mine and asking.warm_up:
         with heartbeat("warm-up", processes.is_main_process):
             warm_up(contenders, mine[0][0], asking)
     processes.wait_for_everyone()

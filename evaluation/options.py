@@ -19,13 +19,7 @@ Adapters = dict[str, tuple[Path, int | None]]
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What is loaded: base, adapters, dtype, device, template."""
     group = parser.add_argument_group("model")
-    place = "DIRECTORY_OR_HUB_ID"
-    group.add_argument("--model-path", metavar=place, help="checkpoint of the base model (default: the default model and its adapters)")
-    group.add_argument("--adapters", metavar="FOLDER", help="folder of adapters, as training writes it; the layers choose among them")
-    for name in ADAPTERS:
-        group.add_argument(f"--{name}-adapter-path", metavar=place, help=f"the {name} adapter, for methods that use it")
-        exit_help = f"exit layer of the {name} adapter; without its path, which one of --adapters or of the default model's"
-        group.add_argument(f"--{name}-layer", type=int, help=f"{exit_help} (default: what the adapter's config.json says)")
+    add_place_flags(group)
     group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="that weights are held in (default: as config.json says)")
     arithmetic = "of the arithmetic (default: float32 on a CPU, elsewhere --dtype)"
     group.add_argument("--compute-dtype", default="auto", choices=(*DTYPES, "auto"), help=arithmetic)
@@ -34,6 +28,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--template", help="vicuna_v1.1, llama-2, another of FastChat's names, a .jinja file, tokenizer (default: the model's own)"
     )
+
+
+def add_place_flags(group: argparse._ActionsContainer) -> None:
+    """Where base and adapters lie; see chosen_model.py."""
+    place = "DIRECTORY_OR_HUB_ID"
+    group.add_argument("--model-path", metavar=place, help="checkpoint of the base model (default: the default model and its adapters)")
+    group.add_argument("--adapters", metavar="FOLDER", help="folder of adapters, as training writes it; the layers choose among them")
+    for name in ADAPTERS:
+        group.add_argument(f"--{name}-adapter-path", metavar=place, help=f"the {name} adapter, for methods that use it")
+        exit_help = f"exit layer of the {name} adapter; without its path, which one of --adapters or of the default model's"
+        group.add_argument(f"--{name}-layer", type=int, help=f"{exit_help} (default: what the adapter's config.json says)")
 
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:

@@ -177,7 +177,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=2.6,
         metavar="C",
-        help="corrections a pass with it (default: %(default)s, the embedded model's)",
+        help="corrections a pass with it (default: %(default)s, what adapters of a small model had)",
     )
     for name, default, text in (
         ("tokens", 8, "timed tokens of a run, at least"),

@@ -1,9 +1,9 @@
 """What the engine itself costs: plain decoding against transformers' own, and the share of a cycle spent outside the model.
 
-    python -m scripts.benchmark_engine [--profile] [--output evaluation/results/engine.json]
+    python -m scripts.benchmark_engine [--model-path M --adapters FOLDER --draft-layer 3 --shallow-layer 15] [--output FILE.json]
 
-Two things are compared in one run, in turns, on the embedded model (float32): `transformers.generate` and our plain
-decoding, and our methods among themselves. "Overhead" is the part of a cycle outside layers, adapters and lm_head.
+Two things are compared in one run, in turns, in float32, all in memory: `transformers.generate` and our plain decoding, and our
+methods among themselves. "Overhead" is the part of a cycle outside layers, adapters and lm_head.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 
 import cats
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.progress import live_bar
+from cats.cli.progress import heartbeat, live_bar
 from cats.files import write_atomically
+from evaluation.chosen_model import ChosenModel, chosen_model
+from evaluation.options import add_place_flags
 from evaluation.timing import environment, paired
 
-TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
-ADAPTERS = {"draft": (TINY / "adapters" / "draft_exit2", None), "shallow": (TINY / "adapters" / "shallow_exit6", None)}
 METHODS: dict[str, cats.MethodConfig] = {
     "plain": cats.AutoregressiveConfig(),
     "kangaroo": cats.KangarooConfig(),
@@ -45,7 +45,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """The embedded model in our engine and in transformers, and the prompts."""
+    """The model in our engine and in transformers, and the prompts."""
 
     model: cats.MultiAdapterCATSModel
     plain: Any
@@ -68,11 +68,11 @@ class Subject:
         return list(output[0, len(prompt) :].tolist())
 
 
-def load_subject(new_tokens: int) -> Subject:
+def load_subject(place: ChosenModel, new_tokens: int) -> Subject:
     """Load everything once."""
-    model = cats.load(TINY, ADAPTERS, dtype="float32")
+    model = cats.load(place.directory, place.adapters, dtype="float32")
     prompts = [model.text.prompt_ids(question) for question in QUESTIONS]
-    plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(place.directory, dtype=torch.float32).eval()
     return Subject(model, plain, prompts, cats.GenerationConfig(max_new_tokens=new_tokens))
 
 
@@ -134,6 +134,7 @@ def profile(subject: Subject, name: str, lines: int = 25) -> str:
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_place_flags(parser)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -141,11 +142,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write the result here")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    subject = load_subject(arguments.new_tokens)
+    place = chosen_model(list(METHODS.values()), arguments)
+    with heartbeat(f"loading {place.name}, twice"):
+        subject = load_subject(place, arguments.new_tokens)
     if arguments.profile:
         print("\n".join(profile(subject, name) for name in METHODS))
         return
     result = {
+        "model": place.name,
         "plain_against_transformers": against_transformers(subject, arguments.repeats),
         "methods": overheads(subject, arguments.repeats),
         "environment": environment(),

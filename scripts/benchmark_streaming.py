@@ -1,6 +1,6 @@
 """Wall clock under a slow link: plain decoding and CATS with the same budget of weights, every method with a plan of its own, in turns.
 
-    python -m scripts.benchmark_streaming --flash-bandwidth 20MB/s --output evaluation/results/streaming.json
+    python -m scripts.benchmark_streaming --flash-bandwidth 100MB/s --memory-budget 184MB --output streaming.json
 
 Says for every method: tokens/s against plain decoding, next to the accepted length; and the cycle's time next to its physical bound, the
 longer of what the link needs for the bytes streamed and what the processor needs for the arithmetic (the cycle less its waiting).
@@ -18,22 +18,21 @@ from typing import Any
 import torch
 
 import cats
-from cats.checkpoint import locate_tensors
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.memory_flags import PROMPT_POSITIONS
-from cats.cli.progress import live_bar
+from cats.cli.progress import heartbeat, live_bar
 from cats.errors import CatsError
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import rate_text
 from cats.runtime.weights import PlannedWeights
+from evaluation.chosen_model import ChosenModel, chosen_model
+from evaluation.options import add_place_flags
 from evaluation.presets import PRESET_HELP, parse_presets
 from evaluation.questions import read_questions, resolve_bench, select_questions
 from evaluation.record_file import write_json
-from evaluation.subject import load_text
+from evaluation.subject import load_text, stored_bytes
 from evaluation.timing import environment
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "data" / "tiny"
 PLAIN = "autoregressive"
 
 
@@ -57,9 +56,7 @@ class Contender:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", default=str(TINY), help="(default: the embedded model)")
-    parser.add_argument("--draft-adapter-path", type=Path, default=TINY / "adapters" / "draft_exit2")
-    parser.add_argument("--shallow-adapter-path", type=Path, default=TINY / "adapters" / "shallow_exit6")
+    add_place_flags(parser)
     parser.add_argument("--methods", nargs="+", default=["cascade_chain", "cascade_tree"], metavar="METHOD", help=PRESET_HELP)
     parser.add_argument("--memory-budget", help="of weights (default: half of the checkpoint's)")
     parser.add_argument("--flash-bandwidth", required=True, help="like 20MB/s: the link that is imitated")
@@ -74,13 +71,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def contenders_of(args: argparse.Namespace) -> dict[str, Contender]:
-    """Plain decoding and the chosen methods, each loaded under the same budget."""
-    size = sum(place.nbytes for place in locate_tensors(args.model_path).values())
-    budget = parse_amount(args.memory_budget, "--memory-budget") if args.memory_budget else size // 2
-    paths = {"draft": (args.draft_adapter_path, None), "shallow": (args.shallow_adapter_path, None)}
+def contenders_of(args: argparse.Namespace, place: ChosenModel, methods: dict[str, cats.MethodConfig]) -> dict[str, Contender]:
+    """Each method loaded under the same budget."""
+    budget = parse_amount(args.memory_budget, "--memory-budget") if args.memory_budget else stored_bytes(place.directory) // 2
     loaded = {}
-    for label, method in parse_presets([PLAIN, *args.methods]).items():
+    for label, method in methods.items():
         built = cats.build_method(method)
         memory = cats.MemoryOptions(
             budget_bytes=budget,
@@ -91,14 +86,14 @@ def contenders_of(args: argparse.Namespace) -> dict[str, Contender]:
             positions=PROMPT_POSITIONS + args.max_new_tokens,
             nodes=built.max_nodes,
         )
-        model = cats.load(args.model_path, {name: paths[name] for name in built.adapters}, dtype=args.dtype, memory=memory)
+        model = cats.load(place.directory, {name: place.adapters[name] for name in built.adapters}, dtype=args.dtype, memory=memory)
         loaded[label] = Contender(method, model, [])
     return loaded
 
 
-def answer_in_turns(args: argparse.Namespace, contenders: dict[str, Contender]) -> None:
+def answer_in_turns(args: argparse.Namespace, directory: Path, contenders: dict[str, Contender]) -> None:
     """Every question to every contender, the order turning by one; greedy answers that differ from plain decoding's are an error."""
-    text = load_text(args.model_path, None)
+    text = load_text(directory, None)
     questions = select_questions(read_questions(resolve_bench(args.bench_name).path), 0, args.questions)
     config = cats.GenerationConfig(max_new_tokens=args.max_new_tokens, eos_token_ids=text.end_token_ids)
     labels = list(contenders)
@@ -156,11 +151,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Load, answer in turns, report."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    contenders = contenders_of(args)
+    presets = parse_presets([PLAIN, *args.methods])
+    place = chosen_model(list(presets.values()), args)
+    with heartbeat(f"loading {place.name}"):
+        contenders = contenders_of(args, place, presets)
     bandwidth = float(parse_amount(args.flash_bandwidth, "--flash-bandwidth"))
     for contender in contenders.values():
         sys.stderr.write("\n".join(contender.source.report()) + "\n\n")
-    answer_in_turns(args, contenders)
+    answer_in_turns(args, place.directory, contenders)
     methods = {label: figures_of(contender, bandwidth) for label, contender in contenders.items()}
     for row in methods.values():
         row["speed_up"] = row["tokens_per_second"] / methods[PLAIN]["tokens_per_second"]

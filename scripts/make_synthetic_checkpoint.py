@@ -2,7 +2,7 @@
 
     python -m scripts.make_synthetic_checkpoint --config data/vicuna_7B_config.json --dtype bfloat16 --exits 3 15 --outdir DIR
 
-DIR gets what a published checkpoint has (config.json, safetensors shards with an index, a tokenizer: the embedded model's, whose ids are
+DIR gets what a published checkpoint has (config.json, safetensors shards with an index, a tokenizer: the test fixture's, whose ids are
 valid in any vocabulary that is not smaller) and `adapters/exit<l>` for every exit. The text of such a model means nothing.
 
 Weights are normal with standard deviation 0.02, norms are 1, so activations stay finite in float16. Only one block of normals is
@@ -219,7 +219,7 @@ def make_checkpoint(
             raise CatsError(f"exit {exit_layer} is none of this model; exits are 1 to {config.num_hidden_layers - 1}.")
     tokens = json.loads((TINY / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     if config.vocab_size < tokens:
-        raise CatsError(f"the configuration has {config.vocab_size} tokens and the embedded tokenizer {tokens}; use a larger vocabulary.")
+        raise CatsError(f"the configuration has {config.vocab_size} tokens, the tokenizer beside it {tokens}; use a larger vocabulary.")
     settings = {"what": "random weights, not a trained model", "seed": seed, "shard_bytes": shard_bytes}
     check_settings(outdir, {**settings, "config": json.loads(json.dumps(config.to_dict(), default=str))})
     shards = cut_into_shards(tensor_shapes(config), dtype, shard_bytes)

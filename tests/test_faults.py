@@ -50,7 +50,7 @@ def stopped_with(argv: Sequence[str]) -> int | str | None:
 
 @pytest.fixture(scope="module")
 def stopped_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signals, tuple[Path, int, str]]]:
-    """Runs of the evaluation command on the embedded model, each ended by a signal in its second or third answer, side by side."""
+    """Runs of the evaluation command on the fixture data/tiny, each ended by a signal in its second or third answer, side by side."""
     folder = tmp_path_factory.mktemp("signals")
     asked = questions(folder, *[(f"Write a list of {count} things.",) for count in (2, 3, 4)])
     started = {}

@@ -571,8 +571,11 @@ def test_measure_device_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert device.widen_bytes > 0
     assert [path.name for path in tmp_path.iterdir()] == ["device.json"]
     sizes = sizes_of(json.loads((TINY / "config.json").read_text()), 2, device)
-    tiny = load_acceptance(PROFILES / "tiny_acceptance.json")
-    assert choose(sizes, device, tiny, 8_000_000, "weights", (6,), {"method": "cascade"}).best.exits == (2, 6)
+    published = json.loads((PROFILES / "paper_vicuna_7B_acceptance.json").read_text())
+    points = [{"shallow_exit": 6, "steps": 5, "nodes": nodes, "accepted": accepted} for nodes, accepted in ((None, 2.6), (40, 3.5))]
+    (tmp_path / "acceptance.json").write_text(json.dumps(published | {"draft_exit": 2, "points": points}))
+    accepted = load_acceptance(tmp_path / "acceptance.json")
+    assert choose(sizes, device, accepted, 8_000_000, "weights", (6,), {"method": "cascade"}).best.exits == (2, 6)
     capsys.readouterr()
 
 

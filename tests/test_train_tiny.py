@@ -1,4 +1,4 @@
-"""The trainer of the embedded model, on a corpus of a few lines: it trains, resumes, and exports what transformers loads."""
+"""The trainer of the fixture data/tiny, on a corpus of a few lines: it trains, resumes, and exports what transformers loads."""
 
 import json
 import math

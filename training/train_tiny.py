@@ -1,4 +1,4 @@
-"""Train the small chat model that ships in data/tiny: tokenizer, corpus, model, export and provenance, in one command.
+"""Train the small chat model in data/tiny, a fixture of the tests: tokenizer, corpus, model, export and provenance, in one command.
 
 The model is a plain `LlamaForCausalLM`, so everything that loads a Llama checkpoint loads it. Matrices are trained by
 Muon, the rest by AdamW; the learning rate is constant, then falls linearly to zero over the last part of the run
@@ -253,7 +253,7 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, heldout: list[s
     tokenizer.save_pretrained(out)
     hashes = {name: sha256(out / name) for name in ("model.safetensors", "tokenizer.json")}
     provenance = {
-        "what": "Llama-architecture chat model trained from scratch for demonstrations and tests of CATS",
+        "what": "Llama-architecture chat model trained from scratch: a fixture of tests and continuous integration",
         "licence": "research only: part of the training text is non-commercial (CC BY-NC) or written by commercial models",
         "data": {"corpus_sha256": sha256(Path(run.corpus)), "heldout_sha256": sha256(Path(run.heldout)), "template": "vicuna_v1.1"},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
