@@ -13,5 +13,17 @@ class BudgetError(CatsError):
     """What was asked for does not fit the memory budget; the message says what would."""
 
 
+class NetworkError(CatsError):
+    """Something had to be fetched and could not be.
+
+    Attributes:
+        reason: why, a few words for a sentence that goes on.
+    """
+
+    def __init__(self, reason: str, advice: str):
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
+
+
 class ContractError(RuntimeError):
     """A method broke the contract of `cats.methods.base.Method`: a bug of the method, not a fault of the user."""

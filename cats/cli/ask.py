@@ -1,6 +1,7 @@
 """`python -m cats "prompt"`: one answer, shown as it is made; drafted tokens that the target accepted stand out in green."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="python -m cats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", help="what to ask; '-' reads it from standard input")
     parser.add_argument(
-        "--model-path", metavar="DIRECTORY_OR_HUB_ID", help="checkpoint (default: the repository's embedded model, or the one fetched)"
+        "--model-path", metavar="DIRECTORY_OR_HUB_ID", help="checkpoint (default: SmolLM2-135M-Instruct, fetched on first use: 93 MB)"
     )
     for name in ADAPTERS:
         parser.add_argument(
@@ -80,19 +81,27 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
     """The model and the configuration of the method, after everything that can be refused without weights was."""
     if arguments.raw and arguments.template is not None:
         raise CatsError("--raw leaves the chat template out, so --template does nothing; leave one of them out.")
-    path, brought = (arguments.model_path, {}) if arguments.model_path is not None else default_model()
-    adapters = chosen_adapters(arguments, brought)
+    from cats.cli.progress import waiting
+
+    default = default_model() if arguments.model_path is None else None
+    adapters = chosen_adapters(arguments, default.adapters if default else {})
     name = arguments.method or best_method(adapters)
+    if default and arguments.method is None and not adapters:
+        sys.stderr.write(f"no adapters for {default.name} lie beside this installation, so it drafts by {name.replace('_', ' ')}.\n")
     config = chosen_method(name, arguments)
-    method = cats.build_method(config)
-    memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
-    chosen = needed_adapters(arguments, adapters, name, method.adapters)
-    dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}
-    return cats.load(path, chosen, device=arguments.device, memory=memory, template=arguments.template, **dtypes), config
+    with waiting("loading"):
+        method = cats.build_method(config)
+        memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
+        chosen = needed_adapters(arguments, adapters, name, method.adapters)
+        dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}
+        path = default.path if default else arguments.model_path
+        return cats.load(path, chosen, device=arguments.device, memory=memory, template=arguments.template, **dtypes), config
 
 
 def answer(arguments: argparse.Namespace, prompt: str) -> None:
     """Load, decode, show."""
+    from cats.cli.progress import waiting
+
     generation = cats.GenerationConfig(
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed
     )
@@ -102,7 +111,10 @@ def answer(arguments: argparse.Namespace, prompt: str) -> None:
     text = model.text
     ids = text.ids(prompt) if arguments.raw else text.prompt_ids(prompt)
     live, traces = LiveText(text), []
-    for step in cats.stream(model, ids, config, generation, stop=text.stop(arguments.stop, chat=not arguments.raw)):
+    steps = cats.stream(model, ids, config, generation, stop=text.stop(arguments.stop, chat=not arguments.raw))
+    with waiting("reading the prompt"):
+        first = next(steps)
+    for step in itertools.chain([first], steps):
         traces.append(step.trace)
         for place, token in enumerate(step.tokens):
             live.show(token, drafted=place < step.trace.accepted)

@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from cats import smollm2
 from cats.cli.command import CommandParser, exit_with_sentence
 
@@ -13,15 +11,15 @@ def fetch_with_progress() -> str:
     """The model's directory, as text; a bar on standard error while it is being made."""
     if (found := smollm2.cached()) is not None:
         return str(found)
-    sys.stderr.write(f"SmolLM2-135M-Instruct (93 MB to fetch, once; kept in {smollm2.cache_directory()})\n")
+    from cats.cli.progress import live_bar
+
+    about = f"SmolLM2-135M-Instruct (93 MB, once; kept in {smollm2.cache_directory()})"
     layout = "{desc}{percentage:3.0f}% |{bar}| {elapsed}"
-    with tqdm(total=1.0, desc="fetching", bar_format=layout, mininterval=0.5, leave=False) as bar:
+    with live_bar(total=1.0, desc=f"fetching {about}", bar_format=layout, mininterval=0.5, leave=False) as bar:
 
         def report(what: str, share: float) -> None:
-            bar.set_description(what, refresh=False)
-            bar.n = share
-            bar.update(0)
-            bar.refresh()
+            bar.set_description(f"{what} {about}", refresh=False)
+            bar.update(share - bar.n)
 
         return str(smollm2.fetch(report))
 

@@ -37,3 +37,8 @@ def _beat(known: "weakref.ref[tqdm[Any]]") -> None:
             return
         bar.refresh()
         del bar
+
+
+def waiting(what: str) -> "tqdm[Any]":
+    """For a `with` block that takes long and cannot say how long: what it does and the time so far, until it ends."""
+    return live_bar(desc=what, bar_format="{desc}: {elapsed}", leave=False)
