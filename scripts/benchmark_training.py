@@ -106,9 +106,9 @@ class Benchmark:
 
     def normaliser(self) -> dict[str, dict[str, float]]:
         """Per exit: the mean loss with the full and the sampled normaliser, and the cosine between their gradients."""
-        batch = self.batch()
-        adapters, found = self.adapters(batch), {}
-        for exit_layer, adapter in adapters.items():
+        batch, found = self.batch(), {}
+        adapters = self.adapters(batch)
+        for exit_layer, adapter in live_bar(adapters.items(), desc="normaliser", unit="exit"):
             losses, gradients = [], []
             for samples in (0, self.run.samples):
                 objective = self.objective(samples)

@@ -196,3 +196,15 @@ def test_appending_drops_an_unfinished_line(tmp_path: Path) -> None:
     with appending(path) as file:
         file.write("x\n")
     assert path.read_text() == '{"a": 1}\nx\n'
+
+
+def test_what_takes_long_says_what_it_does(speaking: TinyModel, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ge_data.main(arguments(speaking, data, tmp_path / "states"))
+    said = capsys.readouterr().err
+    for what in ("read conversations", "hash the data", "load the base model", "tokenize", "estimate", "store states"):
+        assert what in said, what
+    flags = ["--model-path", str(speaking.base), "--exit-layers", "1", "--data-home", str(tmp_path / "states"), "--cpu"]
+    train_finetune.main([*flags, "--outdir", str(tmp_path / "out"), "--steps", "1"])
+    said = capsys.readouterr().err
+    for what in ("open stored states", "make the adapters", "read the head", "rows to fit norms", "fit norms", "validate"):
+        assert what in said, what

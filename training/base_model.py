@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from cats.cli.progress import heartbeat
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.errors import CatsError
 
@@ -47,7 +48,8 @@ def load_base(
     Rows longer than its context raise `CatsError`.
     """
     chosen = dtype or ("float32" if device.type == "cpu" else "auto")
-    base = EarlyExitLlamaForCausalLM.from_pretrained(model_path, dtype=chosen, device=device, compute_dtype=compute_dtype)
+    with heartbeat("load the base model"):
+        base = EarlyExitLlamaForCausalLM.from_pretrained(model_path, dtype=chosen, device=device, compute_dtype=compute_dtype)
     if length > base.context:
         raise CatsError(f"--length {length} is more than the {base.context} positions of {model_path}.")
     return base

@@ -40,7 +40,7 @@ def training_text(model_path: str | Path, template: str | None) -> ModelText:
 def encode_chats(text: ModelText, chats: Sequence[Conversation], longest: int) -> list[ChatTokens]:
     """Tokenize conversations, cut at `longest` tokens; conversations left without an answer token are kept (mask all false)."""
     encoded: list[ChatTokens] = []
-    for start in live_bar(range(0, len(chats), BATCH), desc="tokenize", unit="batch", leave=False, disable=len(chats) < BATCH):
+    for start in live_bar(range(0, len(chats), BATCH), desc="tokenize", unit="batch", leave=False):
         rendered = [_rendered(text, chat) for chat in chats[start : start + BATCH]]
         specials = text.adds_specials(rendered[0].text)
         encodings = text.tokenizer.backend_tokenizer.encode_batch([chat.text for chat in rendered], add_special_tokens=specials)

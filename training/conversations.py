@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from cats.cli.progress import heartbeat
 from cats.errors import CatsError
 from cats.text import Message
 
@@ -48,7 +49,7 @@ def read_sharegpt(path: str | Path) -> list[Conversation]:
     path = Path(path)
     try:
         opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as file:
+        with opened as file, heartbeat("read conversations"):
             items = json.load(file)
     except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CatsError(f"cannot read conversations from {path}: {error}; expected a JSON list in ShareGPT format.") from error

@@ -77,6 +77,7 @@ def launch_command(arguments: argparse.Namespace, module: str, flags: Sequence[s
 def run_stage(arguments: argparse.Namespace, module: str, flags: Sequence[str], what: str) -> None:
     """Launch a module and wait; a failure raises `CatsError` with its exit status, after the module's own message."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    sys.stderr.write(f"{what}: starting\n")
     finished = subprocess.run(launch_command(arguments, module, flags), env=os.environ | {"PYTHONPATH": path}, check=False)
     if finished.returncode:
         raise CatsError(f"{what} ended with exit status {finished.returncode}; its message stands above.")

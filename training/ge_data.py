@@ -29,15 +29,14 @@ from accelerate import Accelerator
 import cats
 from cats.checkpoint import DTYPES
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.progress import live_bar
+from cats.cli.progress import heartbeat, live_bar
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.errors import CatsError
-from cats.records import sha256
 from training.base_model import base_device, load_base, model_path_of
 from training.chat_tokens import encode_chats, training_text
 from training.conversations import Conversation, read_sharegpt
 from training.dataset import TextSource, TokenRows, token_rows
-from training.provenance import agree, write_json
+from training.provenance import agree, hash_of_data, write_json
 from training.regenerate import RESULT, Answerer, Regeneration, collect, regenerate
 from training.stored_states import DESCRIPTION, read_lengths, shard_path, with_best_tokens, write_shard
 
@@ -144,8 +143,9 @@ def make_shards(source: TextSource, arguments: argparse.Namespace, accelerator: 
     """Estimate, refuse or write this process's share of the shards."""
     dtype = DTYPES[arguments.store_dtype]
     shards = shards_of(source.rows, arguments.shard_rows)
-    open_numbers = [number for number in range(len(shards)) if not is_finished(shard_path(directory, number))]
-    needed = estimate(source, [shards[number] for number in open_numbers], dtype, arguments.targets, accelerator.num_processes)
+    with heartbeat("estimate", accelerator.is_main_process):
+        open_numbers = [number for number in range(len(shards)) if not is_finished(shard_path(directory, number))]
+        needed = estimate(source, [shards[number] for number in open_numbers], dtype, arguments.targets, accelerator.num_processes)
     if accelerator.is_main_process:
         done = len(shards) - len(open_numbers)
         print(f"{len(source):,} rows in {len(shards):,} shards ({done:,} finished); still needed: {needed}", flush=True)
@@ -192,7 +192,7 @@ def provenance(arguments: argparse.Namespace, base: EarlyExitLlamaForCausalLM) -
     model["base_dtype"] = str(base.dtype)
     if base.held_dtype != base.dtype:
         model["held_dtype"] = str(base.held_dtype)
-    return model | {"data_sha256": sha256(arguments.data_path), "regenerate": arguments.regenerate} | facts
+    return model | {"data_sha256": hash_of_data(arguments.data_path), "regenerate": arguments.regenerate} | facts
 
 
 def states_description(arguments: argparse.Namespace, base: EarlyExitLlamaForCausalLM) -> dict[str, object]:

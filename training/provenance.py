@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cats.cli.progress import heartbeat
 from cats.errors import CatsError
 from cats.files import write_atomically
-from cats.records import check_agreement
+from cats.records import check_agreement, sha256
 
 
 def read_json(path: Path, written_by: str) -> dict[str, Any]:
@@ -18,6 +19,12 @@ def read_json(path: Path, written_by: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CatsError(f"{path} holds no JSON object; {written_by} writes it, run that again.")
     return content
+
+
+def hash_of_data(path: str | Path) -> str:
+    """Hex digest of a file that may be large; an unreadable one raises `CatsError`."""
+    with heartbeat("hash the data"):
+        return sha256(path)
 
 
 def write_json(path: Path, content: object, indent: int | None = 1) -> None:

@@ -7,6 +7,7 @@ shards, `states.json` says what they were made from. Shards of several folders u
 read in the order of their paths.
 """
 
+import copy
 import hashlib
 import json
 from collections import OrderedDict
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
+from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
 from training.dataset import Batch, BestTokens, TokenRows
@@ -85,22 +87,19 @@ def read_lengths(path: Path) -> np.ndarray:
 
 
 class StoredSource:
-    """Rows of all shards under `root`, each cut at `length` tokens.
+    """Rows of all shards under `root`, each cut at `length` tokens."""
 
-    Args:
-        rows: which rows to serve (numbers over all shards); all of them where None.
-    """
-
-    def __init__(self, root: str | Path, exits: tuple[int, ...], length: int, device: torch.device, rows: np.ndarray | None = None):
+    def __init__(self, root: str | Path, exits: tuple[int, ...], length: int, device: torch.device):
         self.root, self.exits, self.length, self.device = Path(root), exits, length, device
         self.paths = sorted(self.root.rglob("states_*.safetensors"))
         if not self.paths:
             raise CatsError(f"there are no stored states under {root}; run training/ge_data.py with --outdir {root} first.")
-        lengths = [read_lengths(path) for path in self.paths]
+        with live_bar(self.paths, desc="open stored states", unit="shard", leave=False) as bar:
+            lengths = [read_lengths(path) for path in bar]
         self.shard_R = np.repeat(np.arange(len(self.paths)), [len(each) for each in lengths])
         self.start_R = np.concatenate([np.cumsum(each) - each for each in lengths])
         self.length_R = np.minimum(np.concatenate(lengths), length)
-        self.rows = np.arange(len(self.shard_R)) if rows is None else rows
+        self.rows = np.arange(len(self.shard_R))
         self._open: OrderedDict[int, Any] = OrderedDict()
         self.has_best = "best_indices" in self._shard(0).keys()  # noqa: SIM118 - safe_open is no mapping
 
@@ -113,8 +112,10 @@ class StoredSource:
         return len(self.rows)
 
     def subset(self, rows: np.ndarray) -> "StoredSource":
-        """The same shards, other rows."""
-        return StoredSource(self.root, self.exits, self.length, self.device, rows)
+        """The same shards, and of their rows those with these numbers."""
+        other = copy.copy(self)
+        other.rows, other._open = self.rows[rows], OrderedDict()
+        return other
 
     def batch(self, rows: np.ndarray) -> Batch:
         """See `RowSource`; states are float32 where they were stored so, else in their half precision."""

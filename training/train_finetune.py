@@ -31,6 +31,7 @@ from tqdm import tqdm
 from cats.adapter import BLOCKS, AdapterModel
 from cats.checkpoint import DTYPES
 from cats.cli.command import CommandParser, exit_with_sentence
+from cats.cli.progress import heartbeat
 from cats.earlyexit import read_config
 from cats.errors import CatsError
 from cats.records import sha256
@@ -43,7 +44,7 @@ from training.conversations import Conversation, read_sharegpt
 from training.dataset import RowSource, TextSource, row_order, token_rows
 from training.frozen_head import FrozenHead
 from training.objective import HALVES, Objective
-from training.provenance import write_json
+from training.provenance import hash_of_data, write_json
 from training.stored_states import StoredSource, check_states
 
 HELD_OUT_EVERY = 50  # without --validation-path, one conversation or row in so many is held out
@@ -155,7 +156,7 @@ def sources_of(arguments: argparse.Namespace, run: AdapterRun, device: torch.dev
     if bool(arguments.data_path) == bool(arguments.data_home):
         raise CatsError("give either --data-path (conversations, trained on the fly) or --data-home (states stored by ge_data).")
     if arguments.data_path:
-        return *text_sources(arguments, run, device), sha256(arguments.data_path)
+        return *text_sources(arguments, run, device), hash_of_data(arguments.data_path)
     for name in ("start", "end", "template", "dtype", "compute_dtype", "every_token", "validation_path"):
         if getattr(arguments, name):
             raise CatsError(f"--{name.replace('_', '-')} was decided when the states were stored; leave it out with --data-home.")
@@ -235,15 +236,19 @@ def report_writer(board: SummaryWriter, trainer: AdapterTrainer, arguments: argp
 def build_trainer(arguments: argparse.Namespace, run: AdapterRun, accelerator: Accelerator) -> AdapterTrainer:
     """Adapters, data and head put together; an interrupted run is picked up."""
     start = (run.init, arguments.init_adapter, run.seed, arguments.configpath, arguments.block)
-    adapters = starting_adapters(arguments.model_path, run.exits, *start)
-    for adapter in adapters.values():
-        adapter.to(accelerator.device)
+    with heartbeat("make the adapters"):
+        adapters = starting_adapters(arguments.model_path, run.exits, *start)
+        for adapter in adapters.values():
+            adapter.to(accelerator.device)
     source, validation, data = sources_of(arguments, run, accelerator.device)
-    head = FrozenHead.read(arguments.model_path, HALVES.get(run.precision, torch.float32), accelerator.device)
+    with heartbeat("read the head"):
+        head = FrozenHead.read(arguments.model_path, HALVES.get(run.precision, torch.float32), accelerator.device)
     objective = Objective(head, run.topk, run.precision, run.samples)
     trainer = AdapterTrainer(run, adapters, objective, source, validation, accelerator, Path(arguments.outdir), data)
     if trainer.step == 0 and run.init in FITTED and not arguments.init_adapter:
-        fit_norms(objective, adapters, source.batch(row_order(len(source), 0, run.seed)[:FITTING_ROWS]), FITTED[run.init])
+        with heartbeat("rows to fit norms"):
+            batch = source.batch(row_order(len(source), 0, run.seed)[:FITTING_ROWS])
+        fit_norms(objective, adapters, batch, FITTED[run.init])
     return trainer
 
 

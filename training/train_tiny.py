@@ -28,7 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.progress import live_bar
+from cats.cli.progress import heartbeat, live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.text import VICUNA, render
@@ -315,10 +315,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if run.width % run.heads or run.heads % run.kv_heads:
         raise CatsError(f"width {run.width} must divide by heads {run.heads}, and heads by kv-heads {run.kv_heads}.")
-    heldout = [render(VICUNA, conversation.messages) for conversation in read_sharegpt(run.heldout)]
-    texts = [render(VICUNA, conversation.messages) for conversation in read_sharegpt(run.corpus)]
+    chats, held = read_sharegpt(run.corpus), read_sharegpt(run.heldout)
+    with heartbeat("render conversations"):
+        heldout, texts = ([render(VICUNA, chat.messages) for chat in part] for part in (held, chats))
     if not (work / "tokenizer").exists():
-        train_tokenizer(texts[::4], run.vocab, run.context).save_pretrained(work / "tokenizer")
+        with heartbeat("train the tokenizer"):
+            train_tokenizer(texts[::4], run.vocab, run.context).save_pretrained(work / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     trainer = Trainer(run, encode_corpus(tokenizer, texts, work / "stream.npy"))
     if not export_only:
