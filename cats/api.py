@@ -17,6 +17,7 @@ from cats.errors import CatsError
 from cats.hub import locate
 from cats.methods import METHODS, best_method, build_method
 from cats.methods.base import Method
+from cats.planned import Loading, LoadPlan, Planning, plan_load
 from cats.text import Message, ModelText, has_tokenizer, listed_end_ids
 from cats.trace import StepTrace
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 AdapterPlace = str | Path | tuple[str | Path, int | None]
+Adapters = Mapping[str, AdapterPlace | list[AdapterPlace]]
 MethodChoice = str | MethodConfig | Method | None
 
 
@@ -46,9 +48,14 @@ class Answer(Generation):
 
 
 class CatsModel(MultiAdapterCATSModel):
-    """A model that can be spoken to; made by `load`."""
+    """A model that can be spoken to; made by `load`.
+
+    Attributes:
+        plan: how it was settled what to hold and which method to use; None where that was not planned.
+    """
 
     _text: ModelText | None = None
+    plan: LoadPlan | None = None
 
     @property
     def text(self) -> ModelText:
@@ -69,7 +76,7 @@ class CatsModel(MultiAdapterCATSModel):
         """The answer to a question, or to a conversation of `{"role": ..., "content": ...}`, in the checkpoint's chat template.
 
         Args:
-            method: a name, a configuration, a method, or None: the best that the loaded adapters allow.
+            method: a name, a configuration, a method, or None: the planned one, or else the best that the loaded adapters allow.
             stop: texts that end the answer, beyond those of the template.
             on_step: called with the trace of every step when it is done.
             generation: fields of `GenerationConfig`.
@@ -83,49 +90,71 @@ class CatsModel(MultiAdapterCATSModel):
 
 def load(
     path_or_hub_id: str | Path,
-    adapters: Mapping[str, AdapterPlace] | None = None,
+    adapters: Adapters | None = None,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     memory: MemoryOptions | None = None,
     template: str | None = None,
     compute_dtype: str = "auto",
+    *,
+    plan: Planning | None = Planning(),  # noqa: B008 - frozen
 ) -> CatsModel:
     """Load a checkpoint and its adapters from directories or from the hub.
 
     Args:
-        adapters: `{"draft": place, "shallow": place}`; a place is a directory, a hub id, or one of them with its exit layer.
+        adapters: `{"draft": place, "shallow": place}`; a place is a directory, a hub id, or one of them with its exit layer. Of a list of
+            places the planner takes one; where nothing is planned, it is the first.
         dtype: that weights are held in; "auto" is what config.json names. "float32" holds half precision upcast: twice the memory, the
             same text, faster on a CPU.
         memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything.
         template: name of a chat template, or the path of a `.jinja` file; None: see `cats.text`.
         compute_dtype: of the arithmetic; "auto" is float32 on a CPU, elsewhere `dtype`. It must hold every value of `dtype`.
+        plan: under a memory budget, choose the method, and with it adapters, ring and tree, by what is predicted to make most tokens per
+            second (cats/planned.py); the choice is in `CatsModel.plan`. None, for callers that name their methods, attaches all adapters.
 
     Raises:
         CatsError: something is missing, damaged, or does not fit together.
     """
     directory = locate(path_or_hub_id)
-    pairs = {name: place if isinstance(place, tuple) else (place, None) for name, place in (adapters or {}).items()}
-    places = {name: (locate(place), exit_layer) for name, (place, exit_layer) in pairs.items()}
+    candidates = {name: located(place) for name, place in (adapters or {}).items()}
+    places = {name: found[0] for name, found in candidates.items()}
+    planned = None
+    if plan is not None and memory is not None and memory.budget_bytes is not None:
+        planned = plan_load(Loading.read(directory, candidates, (dtype, compute_dtype), torch.device(device), memory), plan)
+        places, memory = planned.adapters, planned.memory
     text = ModelText.from_pretrained(directory, template) if has_tokenizer(directory) else None
     if text is None and template is not None:
         raise CatsError(f"{directory} has no tokenizer, so a template does nothing; leave it out, or add the tokenizer's files.")
     model = CatsModel.from_pretrained(directory, places, dtype, device, memory, compute_dtype)
-    model._text = text
+    model._text, model.plan = text, planned
     model.end_token_ids = (text.end_token_ids if text is not None else listed_end_ids(directory)) or None
     return model
 
 
+def located(place: AdapterPlace | list[AdapterPlace]) -> list[tuple[Path, int | None]]:
+    """Directory and exit of an adapter, or of each of several."""
+    pairs = [one if isinstance(one, tuple) else (one, None) for one in (place if isinstance(place, list) else [place])]
+    return [(locate(path), exit_layer) for path, exit_layer in pairs]
+
+
 def chosen_method(model: MultiAdapterCATSModel, method: MethodChoice) -> Method:
-    """The method that is meant by a name, a configuration, itself, or None: the best that the model's adapters allow."""
+    """The method that is meant by a name, a configuration, itself, or None: the planned one, or the best that the adapters allow."""
     if isinstance(method, Method):
         return method
+    plan = model.plan if isinstance(model, CatsModel) else None
     if method is None:
-        method = best_method(model.adapters)
+        method = best_method(model.adapters) if plan is None else plan.method
     if isinstance(method, str):
         if method not in METHODS:
             raise CatsError(f"unknown method {method!r}; known are {', '.join(METHODS)}.")
         method = METHODS[method]()
-    return build_method(method)
+    built = build_method(method)
+    if plan is not None and not set(built.adapters) <= model.adapters.keys():
+        raise CatsError(
+            f"the memory plan chose {plan.method.name} and left out what {method.name} needs ({', '.join(built.adapters)}); "
+            "load the model with plan=None and those adapters."
+        )
+    return built
 
 
 def ids_of(model: MultiAdapterCATSModel, prompt: str | Sequence[int]) -> list[int]:

@@ -150,22 +150,22 @@ class MemoryOptions:
         covers: "process" counts everything the process holds; "weights", the paper's way, leaves out interpreter, caches and activations.
         flash_bandwidth: bytes per second at which a slower flash is imitated; None reads as fast as it goes.
         pinning: False is the paper's way: beyond the layers that drafting needs, nothing stays in memory.
-        ring_buffers: size of the ring that weights are streamed through, in largest matrices.
+        ring_buffers: size of the ring that weights are streamed through, in largest matrices; None leaves it to the planner, else it is 3.
         positions: prompt and answer together, at most.
-        nodes: nodes of a tree, root included, at most.
+        nodes: nodes of a tree, root included, at most; a planned load grants what its method grows.
     """
 
     budget_bytes: int | None = None
     covers: str = "process"
     flash_bandwidth: float | None = None
     pinning: bool = True
-    ring_buffers: int = 3
+    ring_buffers: int | None = None
     positions: int = 2048
     nodes: int = 1
 
     def __post_init__(self) -> None:
         require(self.covers in ("process", "weights"), f"budget-covers is {self.covers!r}; it must be process or weights.")
-        require(self.ring_buffers >= 1, f"ring-buffers is {self.ring_buffers}; it must be at least 1.")
+        require(self.ring >= 1, f"ring-buffers is {self.ring_buffers}; it must be at least 1.")
         require(self.positions >= 1, f"budget-positions is {self.positions}; it must be at least 1.")
         limited = self.budget_bytes is not None
         require(limited or self.covers == "process", "budget-covers says what a budget counts; give memory-budget with it.")
@@ -173,6 +173,11 @@ class MemoryOptions:
             limited or not self.pinning or self.flash_bandwidth is None,
             "flash-bandwidth slows the stream of weights, and without memory-budget or no-pinning nothing is streamed; give one of them.",
         )
+
+    @property
+    def ring(self) -> int:
+        """Size of the ring in largest matrices."""
+        return 3 if self.ring_buffers is None else self.ring_buffers
 
 
 MethodConfig = AutoregressiveConfig | CascadeConfig | KangarooConfig | EagleSelfConfig | PromptLookupConfig

@@ -214,6 +214,7 @@ def summarise(records: Iterable[Record], shape: ModelShape) -> dict[str, Any]:
         "finish": dict(sorted(Counter(turn_values(records, "finish")).items())),
         "steps": len(committed),
         "accepted_length": length,
+        "nodes_per_step": mean(per_step(records, "nodes")),
         "mean_accepted_tokens_per_step": mean(per_step(records, "accepted")),
         "mean_shallow_accepted_tokens_per_step": mean(per_step(records, "shallow_accepted")),
         "accepted_kinds": accepted_kinds(records),

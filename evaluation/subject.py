@@ -111,7 +111,8 @@ def load_subject(
     compute_dtype: str = "auto",
 ) -> Subject:
     """Load base and adapters, within `memory` where it is given; whatever does not fit together raises `CatsError`."""
-    model = load(model_path, adapters, dtype=dtype, device=device, memory=memory, template=text.template, compute_dtype=compute_dtype)
+    named = {"dtype": dtype, "compute_dtype": compute_dtype, "template": text.template}
+    model = load(model_path, adapters, device=device, memory=memory, plan=None, **named)
     exits = {name: int(adapter.exit_layer or 0) for name, adapter in model.adapters.items()}
     if {"draft", "shallow"} <= exits.keys() and exits["draft"] >= exits["shallow"]:
         raise CatsError(

@@ -171,7 +171,7 @@ def measure(row: Row, exercise: Exercise) -> dict[str, Any]:
             ring_buffers=exercise.ring_buffers,
         )
         try:
-            model = load(exercise.model_path, adapters, dtype=exercise.dtype, memory=memory)
+            model = load(exercise.model_path, adapters, dtype=exercise.dtype, memory=memory, plan=None)
         except BudgetError as error:
             refused = {"refused": str(error), "exits": {name: exit_of(path) for name, (path, _) in adapters.items()}}
             continue

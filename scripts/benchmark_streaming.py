@@ -86,7 +86,8 @@ def contenders_of(args: argparse.Namespace, place: ChosenModel, methods: dict[st
             positions=PROMPT_POSITIONS + args.max_new_tokens,
             nodes=built.max_nodes,
         )
-        model = cats.load(place.directory, {name: place.adapters[name] for name in built.adapters}, dtype=args.dtype, memory=memory)
+        adapters = {name: place.adapters[name] for name in built.adapters}
+        model = cats.load(place.directory, adapters, dtype=args.dtype, memory=memory, plan=None)
         loaded[label] = Contender(method, model, [])
     return loaded
 

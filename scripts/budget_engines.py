@@ -109,7 +109,7 @@ def ours(request: Request, method: Method, adapters: dict[str, tuple[str, int | 
         )
     stored = str(read_config(request.model).dtype).removeprefix("torch.")
     computed = stored if request.dtype == "auto" else request.dtype
-    model = cats.load(request.model, adapters, dtype=request.dtype, memory=memory, compute_dtype=computed)
+    model = cats.load(request.model, adapters, dtype=request.dtype, memory=memory, compute_dtype=computed, plan=None)
 
     def steps(prompt: Sequence[int]) -> Iterator[Step]:
         for step in cats.stream(model, prompt, method, settings, acceptance=rule):

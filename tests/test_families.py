@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from cats.checkpoint import locate_tensors
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.families import ATTENTION, FAMILIES, check_layers, usable_context
 from cats.linear import Linear
-from cats.planning.cost import sizes_of
-from cats.planning.profile import DeviceProfile
 from cats.runtime.weights import model_sizes
 from tests import tiny_models
 from tests.tiny_models import CONTEXT, LAYERS, SIZES, TinyModel
@@ -58,17 +55,19 @@ def test_matrices_are_used_in_the_order_of_the_row(tiny: Tiny, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", tiny_models.FAMILIES)
-def test_sizes_from_a_configuration_are_those_of_the_checkpoint(tiny: Tiny, name: str) -> None:
-    """The planner's arithmetic knows config.json alone; the runtime sees the files."""
+def test_sizes_of_a_checkpoint_are_those_of_its_layers(tiny: Tiny, name: str) -> None:
+    """What the plan counts, against the parameters of transformers' own model."""
     base = tiny(name).base
-    device = DeviceProfile("any", 1.0, 1.0, 1, ((1, 1.0),), 1, ((1, 1.0),), interpreter_bytes=0, compute_itemsize=4)
-    guessed = sizes_of(json.loads((base / "config.json").read_text()), 4, device)
     places = locate_tensors(base)
     places.setdefault("lm_head.weight", places["model.embed_tokens.weight"])
     config = read_config(base)
     found = model_sizes(config, places, [AdapterModel(AdapterModel.config_for(config), 1)], torch.float32, torch.float32)
-    assert guessed.pieces == found.pieces
-    assert replace(guessed, widen_bytes=0) == replace(found, widen_bytes=0, stored=())
+    layers = tiny_models.reload(tiny(name), torch.float32).get_decoder().layers
+    parts = [dict(layer.named_parameters()) for layer in layers]
+    matrices = {(index, part): weight.nbytes for index, own in enumerate(parts) for part, weight in own.items() if weight.dim() == 2}
+    assert {(piece.layer, f"{piece.matrix}.weight"): piece.nbytes for piece in found.pieces} == matrices
+    assert found.other_layer_bytes == sum(weight.nbytes for weight in parts[0].values() if weight.dim() == 1)
+    assert found.kv_width * config.hidden_size * 4 == matrices[0, "self_attn.k_proj.weight"]
 
 
 @pytest.mark.parametrize(

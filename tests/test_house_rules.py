@@ -27,6 +27,8 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"state"}),
     frozenset({"methods"}),
     frozenset({"reference", "engine"}),
+    frozenset({"machine"}),
+    frozenset({"planned"}),
     frozenset({"api"}),
     frozenset({""}),
     frozenset({"cli", "__main__"}),

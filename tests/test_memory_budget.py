@@ -34,7 +34,7 @@ adapters = {name: (path, None) for name, path in asked["adapters"].items()}
 kind = cats.CascadeConfig(tree_topk=4, total_tokens=24) if adapters else cats.AutoregressiveConfig()
 method = cats.build_method(kind)
 memory = cats.MemoryOptions(budget, asked["covers"], pinning=asked["pinning"], ring_buffers=2, positions=256, nodes=method.max_nodes)
-model = cats.load(asked["model"], adapters, dtype="float32", memory=memory)
+model = cats.load(asked["model"], adapters, dtype="float32", memory=memory, plan=None)
 config = cats.GenerationConfig(max_new_tokens=asked["tokens"], eos_token_ids=())
 cycles, before, ids = [], read(), []
 if asked["threads"] > 1:

@@ -13,6 +13,7 @@ from cats.cli.default_model import default_model
 from cats.cli.live_text import LiveText
 from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.cli.method_flags import add_method_flags, chosen_method
+from cats.cli.planned import add_plan_flags, is_planned, load_planned
 from cats.errors import CatsError
 from cats.methods import best_method
 
@@ -34,7 +35,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--{name}-adapter-path", metavar="DIRECTORY_OR_HUB_ID", help=f"{name} adapter (the default model may bring its own)"
         )
         parser.add_argument(f"--{name}-layer", type=int, help="exit layer (default: what the adapter's config.json says)")
-    parser.add_argument("--method", choices=sorted(cats.METHODS), help="default: the best that the adapters allow")
+    default = "default: the best that the adapters allow; with --memory-budget, what is predicted to be fastest"
+    parser.add_argument("--method", choices=sorted(cats.METHODS), help=default)
     add_method_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -43,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compute-dtype", default="auto", help="of the arithmetic (default: float32 on a CPU, elsewhere --dtype)")
     parser.add_argument("--device", default="cpu")
     add_memory_flags(parser)
+    add_plan_flags(parser)
     parser.add_argument("--stop", action="append", default=[], help="end the answer after this text (may be given several times)")
     parser.add_argument(
         "--template", help="chat template: vicuna_v1.1, llama-2, another of FastChat's names, a .jinja file (default: the checkpoint's own)"
@@ -84,7 +87,10 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
     from cats.cli.progress import waiting
 
     default = default_model() if arguments.model_path is None else None
+    path = default.path if default else arguments.model_path
     adapters = chosen_adapters(arguments, default.adapters if default else {})
+    if is_planned(arguments):
+        return load_planned(arguments, path, adapters)
     name = arguments.method or best_method(adapters)
     if default and arguments.method is None and not adapters:
         sys.stderr.write(f"no adapters for {default.name} lie beside this installation, so it drafts by {name.replace('_', ' ')}.\n")
@@ -94,8 +100,8 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
         memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
         chosen = needed_adapters(arguments, adapters, name, method.adapters)
         dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}
-        path = default.path if default else arguments.model_path
-        return cats.load(path, chosen, device=arguments.device, memory=memory, template=arguments.template, **dtypes), config
+        template = arguments.template
+        return cats.load(path, chosen, device=arguments.device, memory=memory, template=template, plan=None, **dtypes), config
 
 
 def answer(arguments: argparse.Namespace, prompt: str) -> None:

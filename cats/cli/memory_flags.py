@@ -50,7 +50,7 @@ def memory_options(args: argparse.Namespace, max_new_tokens: int, nodes: Iterabl
         covers=args.budget_covers or default.covers,
         flash_bandwidth=None if args.flash_bandwidth is None else float(parse_amount(args.flash_bandwidth, "--flash-bandwidth")),
         pinning=not args.no_pinning,
-        ring_buffers=default.ring_buffers if args.ring_buffers is None else args.ring_buffers,
+        ring_buffers=default.ring if args.ring_buffers is None else args.ring_buffers,
         positions=positions,
         nodes=max(nodes, default=default.nodes),
     )

@@ -1,4 +1,4 @@
-"""What a cycle costs in seconds, and a token in bytes.
+"""What a cycle costs in seconds.
 
 A cycle is a front (drafting, shallow verification) and a target pass. The processor does them one after the other, while
 one reader fills the ring. Three things bound a cycle of `S` streamed bytes at the flash's rate `F`:
@@ -15,101 +15,135 @@ evenly over the pass (plan.py), so within `busy` reading and computing overlap. 
 of the largest matrices overlaps only in part: the share of `SERIAL` is an average over such simulations, single cases lie up to 20 % off.
 """
 
-from collections.abc import Mapping
+import itertools
 from dataclasses import dataclass
-from typing import Any
 
-from cats.errors import CatsError
-from cats.families import ATTENTION, GATED_MLP, family_of
+from cats.config import AutoregressiveConfig, CascadeConfig, KangarooConfig, MethodConfig, PromptLookupConfig
 from cats.planning.plan import MemoryPlan, ModelSizes, window
-from cats.planning.profile import DeviceProfile, chain_nodes, held_between
+from cats.planning.profile import AcceptancePoint, MachineProfile, seconds_for
 
 SERIAL = ((1.0, 0.6), (2.0, 0.15), (3.0, 0.0))
 """(size of the ring in largest matrices, share of the lesser of reading and computing that is not hidden)."""
+PRICED = (AutoregressiveConfig, PromptLookupConfig, KangarooConfig, CascadeConfig)
+"""Methods whose cycles can be priced."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Processor seconds of one cycle with everything resident: `layers` is the target pass without its head."""
+    """Processor seconds of one cycle with everything resident: `layers` is the target pass behind the resident front, `rest` its head,
+    masks and bookkeeping."""
 
     draft: float
     shallow: float
     layers: float
-    lm_head: float
-
-
-@dataclass(frozen=True)
-class CycleSeconds:
-    """Predicted seconds of one cycle; `stream_wait` lies within `target`."""
-
-    draft: float
-    shallow: float
-    target: float
-    stream_wait: float
+    rest: float
 
     @property
     def total(self) -> float:
         """Of the cycle."""
-        return self.draft + self.shallow + self.target
+        return self.draft + self.shallow + self.layers + self.rest
 
 
-def plain_work(sizes: ModelSizes, device: DeviceProfile) -> Work:
-    """One token of plain decoding."""
-    return Work(0.0, 0.0, sizes.layers * device.layer(1, sizes.layer_bytes), device.lm_head(1, sizes.lm_head_bytes))
+@dataclass(frozen=True)
+class CycleSeconds:
+    """Predicted seconds of one cycle, and those of them that wait for the stream."""
+
+    total: float
+    stream_wait: float
 
 
-def cascade_work(sizes: ModelSizes, device: DeviceProfile, exits: tuple[int, int], settings: Mapping[str, float]) -> Work:
-    """One cycle of CATS (cats/methods/cascade.py).
+class Passes:
+    """Seconds of what a cycle is made of, by the rows of each pass."""
 
-    Args:
-        exits: draft and shallow exit.
-        settings: steps, tree_topk, total_tokens, branch_rounds, sv_passes as in `CascadeConfig`, none missing.
-    """
+    def __init__(self, machine: MachineProfile):
+        self._machine = machine
+
+    def run(self, rows: float, layers: int) -> float:
+        """A pass of `rows` through so many layers."""
+        return self.around(rows) + self.inside(rows, layers) if rows > 0 and layers > 0 else 0.0
+
+    def around(self, rows: float) -> float:
+        """What a pass takes beside its layers."""
+        return seconds_for(self._machine.pass_seconds, rows)
+
+    def inside(self, rows: float, layers: int) -> float:
+        """Layers alone."""
+        return layers * seconds_for(self._machine.layer_seconds, rows)
+
+    def exit(self, rows: float) -> float:
+        """An adapter, the head, its best tokens."""
+        return seconds_for(self._machine.exit_seconds, rows)
+
+    def target(self, rows: float, layers: int, draft: float = 0.0, shallow: float = 0.0) -> Work:
+        """A cycle that ends with a target pass of `rows` through so many layers."""
+        around = self.around(rows) + seconds_for(self._machine.head_seconds, rows) + self._machine.step_seconds
+        return Work(draft, shallow, self.inside(rows, layers), around)
+
+
+def work_of(point: AcceptancePoint, layers: int, machine: MachineProfile) -> Work:
+    """One cycle of the method, in a model of so many layers."""
+    passes, method, rows = Passes(machine), point.method, point.nodes
+    if isinstance(method, CascadeConfig):
+        return cascade_work(passes, method, point.exits, layers, rows)
+    if isinstance(method, KangarooConfig):
+        drafting = rows * passes.run(1, point.exits[0]) + min(rows, method.steps) * passes.exit(1)
+        return passes.target(rows, layers - point.exits[0], drafting)
+    return passes.target(rows, layers)
+
+
+def cascade_work(passes: Passes, method: CascadeConfig, exits: tuple[int, ...], layers: int, nodes: float) -> Work:
+    """One cycle of CATS (cats/methods/cascade.py); of a tree, with a correction at every other place of the chain."""
     draft_exit, shallow_exit = exits
-    steps, topk, rounds = int(settings["steps"]), int(settings["tree_topk"]), int(settings["sv_passes"])
-    nodes = tree_nodes(settings)
-
-    def layer(count: int) -> float:
-        return device.layer(count, sizes.layer_bytes) if count else 0.0
-
-    def exit_head(count: int) -> float:
-        return layer(count) * sizes.adapter_bytes / sizes.layer_bytes + device.lm_head(count, sizes.lm_head_bytes)
-
-    draft = rounds * steps * (draft_exit * layer(1) + exit_head(1))
-    checks = rounds * (draft_exit * layer(1) + (shallow_exit - draft_exit) * layer(steps + 1) + exit_head(steps + 1))
-    entering = max(nodes - rounds * (steps + 1), 0)
-    continued = (int(settings["branch_rounds"]) - 1) * (draft_exit * layer(topk) + exit_head(topk)) + exit_head(topk) if topk > 1 else 0.0
-    layers = (sizes.layers - shallow_exit) * layer(nodes)
-    return Work(draft, checks + shallow_exit * layer(entering) + continued, layers, device.lm_head(nodes, sizes.lm_head_bytes))
+    rounds, steps, between = method.sv_passes, method.steps, shallow_exit - draft_exit
+    drafting = rounds * steps * (passes.run(1, draft_exit) + passes.exit(1))
+    checking = rounds * (passes.run(1, draft_exit) + passes.run(steps + 1, between) + passes.exit(steps + 1))
+    entering = fresh = max(nodes - rounds * (steps + 1), 0.0)
+    corrections = rounds * ((steps + 1) // 2)
+    if method.tree_topk > 1 and entering > corrections:
+        fresh -= corrections
+        checking += passes.run(corrections, draft_exit) + passes.exit(corrections)
+        checking += (method.branch_rounds - 1) * (passes.run(method.tree_topk, draft_exit) + passes.exit(method.tree_topk))
+    checking += passes.run(fresh, draft_exit) + passes.run(entering, between)
+    return passes.target(nodes, layers - shallow_exit, drafting, checking)
 
 
-def tree_nodes(settings: Mapping[str, float]) -> int:
-    """Nodes that the target verifies, as far as the settings tell (corrections are estimated, see `chain_nodes`)."""
-    steps, topk, rounds, given = (int(settings[name]) for name in ("steps", "tree_topk", "sv_passes", "total_tokens"))
-    chain = rounds * chain_nodes(steps)
-    corrections = chain - rounds * (steps + 1)
-    return max(chain, given if given != -1 else rounds * steps * topk + 1 + corrections)
+def label_of(method: MethodConfig, exits: tuple[int, ...]) -> str:
+    """The method and its settings in a few words."""
+    if isinstance(method, CascadeConfig):
+        shape = "chain" if method.tree_topk == 1 else "tree"
+        whole = method.sv_passes * method.steps * method.tree_topk + 1 if method.total_tokens == -1 else method.total_tokens
+        nodes = f", {whole} nodes" if method.tree_topk > 1 else ""
+        rounds = f", {method.sv_passes} rounds" if method.sv_passes > 1 else ""
+        branches = f", {method.branch_rounds} branch rounds" if method.branch_rounds > 1 else ""
+        return f"CATS {shape}, exits {' and '.join(map(str, exits))}, {method.steps} steps{nodes}{rounds}{branches}"
+    if isinstance(method, KangarooConfig):
+        return f"Kangaroo, exit {exits[0]}, {method.steps} steps"
+    if isinstance(method, PromptLookupConfig):
+        return f"prompt lookup, {method.continuation} tokens"
+    return "plain decoding" if isinstance(method, AutoregressiveConfig) else method.name
 
 
-def node_slots(settings: Mapping[str, float]) -> int:
-    """Nodes for which caches need room: the method's own bound (`Cascade.max_nodes`)."""
-    steps, topk, rounds, given = (int(settings[name]) for name in ("steps", "tree_topk", "sv_passes", "total_tokens"))
-    return rounds * 2 * (steps + 1) + max(given, rounds * steps * topk + 1)
-
-
-def cycle_seconds(sizes: ModelSizes, plan: MemoryPlan, device: DeviceProfile, work: Work) -> CycleSeconds:
+def cycle_seconds(sizes: ModelSizes, plan: MemoryPlan, machine: MachineProfile, work: Work) -> CycleSeconds:
     """Seconds of a cycle under a memory plan, in the steady state (see the module)."""
-    rate = device.flash_bytes_per_second
-    inside = work.layers * busy_share(sizes, plan)
-    computing = work.draft + work.shallow + work.layers + work.lm_head
+    rate = machine.flash_bytes_per_second
+    taking = len(plan.streamed) * machine.take_seconds
+    inside = work.layers * busy_share(sizes, plan) + taking
+    computing = work.total + taking
     quiet = computing - inside
     bound = computing
     if plan.streamed:
         behind = (plan.streamed_bytes - min(read_ahead(sizes, plan), quiet * rate)) / rate
-        serial = held_between(SERIAL, plan.ring_bytes / largest_window(sizes))
+        serial = serial_share(plan.ring_bytes / largest_window(sizes))
         bound = max(computing, quiet + max(inside, behind) + serial * min(inside, behind))
-    wait = bound - computing
-    return CycleSeconds(work.draft, work.shallow, work.layers + work.lm_head + wait, wait)
+    return CycleSeconds(bound, bound - computing)
+
+
+def serial_share(buffers: float) -> float:
+    """`SERIAL`, linear between its entries."""
+    for (left, before), (right, after) in itertools.pairwise(SERIAL):
+        if buffers <= right:
+            return before + (after - before) * (max(buffers, left) - left) / (right - left)
+    return SERIAL[-1][1]
 
 
 def busy_share(sizes: ModelSizes, plan: MemoryPlan) -> float:
@@ -138,60 +172,3 @@ def read_ahead(sizes: ModelSizes, plan: MemoryPlan) -> int:
 def largest_window(sizes: ModelSizes) -> int:
     """Bytes of the largest matrix's window."""
     return max(window(nbytes) for _, nbytes in sizes.matrices)
-
-
-def paper_bytes_per_token(steps: int, draft_exit: int, layers: int, layer_bytes: float, accepted: float) -> float:
-    """The paper's bytes per token, ((n - 1) d + L) layers by the accepted length (its table 5).
-
-    It charges every drafting pass as if its layers were read again, whatever is resident, and leaves lm_head and adapters out.
-    """
-    return ((steps - 1) * draft_exit + layers) * layer_bytes / accepted
-
-
-def streamed_bytes_per_token(plan: MemoryPlan, accepted: float) -> float:
-    """Bytes really read from flash for a token."""
-    return plan.streamed_bytes / accepted
-
-
-def sizes_of(config: Mapping[str, Any], itemsize: int, device: DeviceProfile, layers: int | None = None) -> ModelSizes:
-    """Sizes of a Llama-like model from its config.json alone, as `device` would hold it; its embedding table is read by rows.
-
-    Args:
-        itemsize: bytes of one stored number.
-        layers: where the configuration is an adapter's (data/*_config.json), which has one layer.
-
-    Raises:
-        CatsError: it is no configuration of such a model.
-    """
-    wide = device.compute_itemsize
-    try:
-        hidden, inner, vocab, heads = (
-            int(config[name]) for name in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
-        )
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_dim = int(config.get("head_dim") or hidden // heads)
-        count = int(config["num_hidden_layers"] if layers is None else layers)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CatsError(f"the configuration is not one of a Llama-like model ({error}); give its config.json.") from error
-    if min(hidden, inner, vocab, heads, kv_heads, head_dim, count) < 1:
-        raise CatsError("the configuration has a size below 1; give the config.json of a Llama-like model.")
-    query_width, kv_width = heads * head_dim, kv_heads * head_dim
-    family = family_of(config.get("model_type", "llama"), "the configuration")
-    wide_of = dict(zip(ATTENTION + GATED_MLP, (query_width, kv_width, kv_width, query_width, inner, inner, inner), strict=True))
-    matrices = tuple((name, hidden * wide_of[name] * itemsize) for name in family.matrices)
-    inward = {"self_attn.o_proj": hidden, "mlp.down_proj": hidden}  # their products, and so their biases, are as wide as the states
-    biases = sum(inward.get(name, wide_of[name]) for name in family.biased(config))
-    head_norms = len(family.head_norms) * head_dim
-    return ModelSizes(
-        layers=count,
-        hidden=hidden,
-        intermediate=inner,
-        vocab=vocab,
-        kv_width=kv_width,
-        matrices=matrices,
-        other_layer_bytes=wide * (2 * hidden + biases + head_norms),
-        lm_head_bytes=vocab * hidden * itemsize,
-        adapter_bytes=sum(nbytes for _, nbytes in matrices[: len(ATTENTION)]) + 2 * hidden * wide,
-        widen_bytes=device.widen_bytes,
-        rotary_numbers=int(config.get("max_position_embeddings") or 0) * head_dim,
-    )

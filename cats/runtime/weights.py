@@ -279,7 +279,7 @@ def load_planned(
         adapters=len(adapters),
         positions=min(memory.positions, usable_context(config)),
         nodes=memory.nodes,
-        ring_buffers=memory.ring_buffers,
+        ring_buffers=memory.ring,
         pinning=memory.pinning,
         compute_itemsize=compute.itemsize,
         interpreter_bytes=interpreter,

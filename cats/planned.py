@@ -1,0 +1,228 @@
+"""Loading under a budget without naming a method: what the loaded adapters allow is priced on this machine, and the fastest is taken.
+
+The parts: accepted lengths from `acceptance.json` beside the adapters, seconds from `cats/machine.py`, memory from the plan that
+loading itself makes, the choice from `cats/planning`. Without measured accepted lengths there is nothing to choose by, so the method
+that these adapters have without a budget is kept, nothing is measured, and the plan says so.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from cats.adapter import AdapterModel
+from cats.checkpoint import TensorPlace, locate_tensors
+from cats.config import AutoregressiveConfig, MemoryOptions, MethodConfig, require
+from cats.dtypes import compute_dtype, held_dtype
+from cats.earlyexit import read_config
+from cats.families import usable_context
+from cats.machine import Subject, machine_profile
+from cats.methods import METHODS, best_method, build_method
+from cats.planning.cost import PRICED, label_of
+from cats.planning.plan import Demand
+from cats.planning.planner import Choice, Option, choose
+from cats.planning.profile import AcceptancePoint, AcceptanceProfile, load_acceptance
+from cats.runtime.budget import GROWTH, interpreter_bytes
+from cats.runtime.weights import EMBEDDING, HEAD, model_sizes
+from cats.settings import flag_of, settings_of
+from cats.smollm2 import Report
+
+ACCEPTANCE_FILE = "acceptance.json"
+PLAIN = AcceptancePoint(AutoregressiveConfig(), (), 1.0, 1.0)
+Place = tuple[Path, int | None]
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How to plan.
+
+    Attributes:
+        settings: of methods, by name, that stay as they are; a method that lacks one, or was not measured with it, is left out.
+        report: called while the machine is measured, with what is measured and the share of it that is done.
+        again: measure the machine even where it has been.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    report: Report = lambda what, share: None
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What a load under a budget settled on.
+
+    Attributes:
+        method: that answers are made with where none is named.
+        adapters: those that it uses, by name.
+        memory: the options that were given, with the ring and the tree that were chosen.
+        choice: the predictions; None where nothing could be predicted.
+        reason: why this method, in one sentence.
+        measured_now: whether the machine was measured for it, and not before.
+    """
+
+    method: MethodConfig
+    adapters: dict[str, Place]
+    memory: MemoryOptions
+    choice: Choice | None
+    reason: str
+    measured_now: bool = False
+
+    @property
+    def lines(self) -> tuple[str, str]:
+        """What was chosen, and why."""
+        if self.choice is None:
+            return f"plan: {label_of(self.method, self.exits)}, the default of these adapters; nothing is predicted", f"why: {self.reason}"
+        when = "just now" if self.measured_now else self.choice.machine.measured
+        return f"plan: {self.choice.sentence}", f"why: {self.reason} (machine measured {when})"
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Exits of the adapters, as far as they are known."""
+        return tuple(exit_layer for _, exit_layer in self.adapters.values() if exit_layer is not None)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What is to be loaded, read as far as planning needs it: a configuration, places of tensors, adapters.
+
+    Attributes:
+        adapters: candidates by name ("draft", "shallow") with their sizes, but without weights; the first of each is what is used where
+            nothing is planned.
+    """
+
+    directory: Path
+    config: PretrainedConfig
+    places: Mapping[str, TensorPlace]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    device: torch.device
+    memory: MemoryOptions
+    adapters: Mapping[str, Sequence[tuple[Place, AdapterModel]]]
+
+    @classmethod
+    def read(
+        cls,
+        directory: Path,
+        adapters: Mapping[str, Sequence[Place]],
+        dtypes: tuple[str, str],
+        device: torch.device,
+        memory: MemoryOptions,
+    ) -> "Loading":
+        """Read it; whatever is missing or damaged raises `CatsError`."""
+        config, places = read_config(directory), locate_tensors(directory)
+        held = held_dtype(dtypes[0], config, places)
+        compute = compute_dtype(dtypes[1], held, device)
+        read = {
+            name: [
+                ((path, model.exit_layer), model)
+                for path, exit_layer in candidates
+                for model in [AdapterModel.from_pretrained(path, exit_layer, dtypes[0], "meta", sparing=True)]
+            ]
+            for name, candidates in adapters.items()
+            if candidates
+        }
+        return cls(directory, config, places, (held, compute), device, memory, read)
+
+    def options(self, profile: AcceptanceProfile, settings: Mapping[str, Any]) -> Iterator[Option]:
+        """Every measured way to run that the adapters allow and that agrees with the settings; plain decoding, which has none, first."""
+        interpreter = interpreter_bytes()
+        for point in (PLAIN, *profile.points):
+            if not isinstance(point.method, PRICED) or (point.method == PLAIN.method and point is not PLAIN):
+                continue
+            if any(getattr(point.method, name, None) != value for name, value in settings.items()):
+                continue
+            used = self.chosen(point)
+            if used is not None:
+                yield self.option(point, [model for _, model in used.values()], interpreter)
+
+    def chosen(self, point: AcceptancePoint) -> dict[str, tuple[Place, AdapterModel]] | None:
+        """The adapters that the point was measured with; None where one is not among the candidates."""
+        names = build_method(point.method).adapters
+        if len(names) != len(point.exits):
+            return None
+        found = {
+            name: entry
+            for name, exit_layer in zip(names, point.exits, strict=True)
+            for entry in self.adapters.get(name, ())
+            if entry[1].exit_layer == exit_layer
+        }
+        return found if len(found) == len(names) else None
+
+    def option(self, point: AcceptancePoint, adapters: Sequence[AdapterModel], interpreter: int) -> Option:
+        """What the point asks of memory, as loading will ask it."""
+        held, compute = self.dtypes
+        places = dict(self.places)
+        if self.config.tie_word_embeddings and EMBEDDING in places:
+            places[HEAD] = places[EMBEDDING]
+        demand = Demand(
+            front=max(point.exits, default=0),
+            adapters=len(adapters),
+            positions=min(self.memory.positions, usable_context(self.config)),
+            nodes=max(self.memory.nodes, build_method(point.method).max_nodes),
+            pinning=self.memory.pinning,
+            compute_itemsize=compute.itemsize,
+            interpreter_bytes=interpreter,
+        )
+        return Option(point, model_sizes(self.config, places, adapters, held, compute), demand)
+
+    def subject(self) -> Subject:
+        """What is measured of the machine."""
+        held, compute = self.dtypes
+        timed = next((candidates[0] for candidates in self.adapters.values()), None)
+        adapter, nbytes = (None, 0) if timed is None else ((timed[0][0], int(timed[1].exit_layer or 0)), timed[1].nbytes)
+        budget = self.memory.budget_bytes if self.memory.covers == "process" else None
+        room = None if budget is None else budget - int(psutil.Process().memory_info().rss) - GROWTH
+        return Subject(self.directory, self.config, self.places, held, compute, self.device, adapter, nbytes, room)
+
+
+def plan_load(loading: Loading, planning: Planning) -> LoadPlan:
+    """The method, adapters and memory that make most tokens per second within the budget.
+
+    Raises:
+        CatsError: nothing fits the budget, or something is missing or damaged.
+    """
+    profile, settings, memory = acceptance_beside(loading), planning.settings, loading.memory
+    if profile is None:
+        where = f"no {ACCEPTANCE_FILE} lies beside the adapters" if loading.adapters else "there are no adapters"
+        reason = f"{where}, so it is not known how much each method is accepted"
+        return default_plan(loading, settings, reason)
+    if settings and not any(True for _ in loading.options(profile, settings)):
+        given = ", ".join(f"{name} {value}" for name, value in settings.items())
+        return default_plan(loading, settings, f"no accepted length was measured with {given}")
+    machine, measured_now = machine_profile(loading.subject(), planning.report, planning.again)
+    if memory.flash_bandwidth is not None:
+        machine = replace(machine, flash_bytes_per_second=min(machine.flash_bytes_per_second, memory.flash_bandwidth))
+    options = list(loading.options(profile, settings))
+    choice = choose(options, machine, memory.budget_bytes or 0, memory.covers, memory.ring_buffers)
+    best = choice.best.option
+    used = {name: place for name, (place, _) in (loading.chosen(best.point) or {}).items()}
+    settled = replace(memory, ring_buffers=choice.ring_buffers, nodes=best.demand.nodes)
+    return LoadPlan(best.point.method, used, settled, choice, choice.reason, measured_now)
+
+
+def default_plan(loading: Loading, settings: Mapping[str, Any], reason: str) -> LoadPlan:
+    """What these adapters do without a budget, with the settings that were given."""
+    first = {name: candidates[0][0] for name, candidates in loading.adapters.items()}
+    config_class = METHODS[best_method(first)]
+    for name in settings:
+        require(
+            name in settings_of(config_class),
+            f"{flag_of(name)} does nothing for {config_class.name}, the method of these adapters; name the method that it belongs to.",
+        )
+    method = config_class(**settings)
+    nodes = max(loading.memory.nodes, build_method(method).max_nodes)
+    used = {name: first[name] for name in build_method(method).adapters}
+    return LoadPlan(method, used, replace(loading.memory, nodes=nodes), None, reason)
+
+
+def acceptance_beside(loading: Loading) -> AcceptanceProfile | None:
+    """The profile that lies beside an adapter, the draft's first; a damaged one raises `CatsError`."""
+    for candidates in loading.adapters.values():
+        for (path, _), _ in candidates:
+            found = path.resolve().parent / ACCEPTANCE_FILE
+            if found.is_file():
+                return load_acceptance(found)
+    return None

@@ -1,0 +1,89 @@
+"""What the planner knows of a model's methods: accepted lengths from a table of `evaluation.acceptance_table`, beside the adapters.
+
+    python -m evaluation.acceptance_profile evaluation/results/acceptance.json --adapters data/smollm2-135m
+
+Writes `acceptance.json` into the folder that holds the adapters, one point per method and exits: tokens and nodes per target pass,
+over all benches of the table together. Exits are those of the table, or else what the adapter of that name in the folder says.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cats.adapter import read_adapter_config
+from cats.cli.command import CommandParser, exit_with_sentence
+from cats.errors import CatsError
+from cats.methods import build_method
+from cats.planned import ACCEPTANCE_FILE
+from cats.planning.cost import PRICED, label_of
+from cats.planning.profile import AcceptancePoint, AcceptanceProfile, method_of, save_acceptance
+
+
+def profile_of(cells: Iterable[Mapping[str, Any]], folder: Path) -> AcceptanceProfile:
+    """Points of every method in the cells that the planner can price; cells of one method and exits are pooled by their steps."""
+    pooled: dict[tuple[Any, tuple[int, ...]], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        method = method_of(cell["settings"]["method"])
+        if isinstance(method, PRICED) and cell["summary"]["steps"]:
+            exits = tuple(exit_of(cell["settings"]["adapters"][name], folder) for name in build_method(method).adapters)
+            pooled.setdefault((method, exits), []).append(cell)
+    points = []
+    for (method, exits), same in pooled.items():
+        steps = sum(cell["summary"]["steps"] for cell in same)
+        accepted, nodes = (
+            sum(cell["summary"][name] * cell["summary"]["steps"] for cell in same) / steps for name in ("accepted_length", "nodes_per_step")
+        )
+        points.append(AcceptancePoint(method, exits, round(accepted, 4), round(nodes, 2)))
+    if not points:
+        raise CatsError("the table has no method that the planner can price; measure prompt_lookup, kangaroo or cascade.")
+    return AcceptanceProfile(tuple(points), (notes_of(list(cells)),))
+
+
+def exit_of(adapter: Mapping[str, Any], folder: Path) -> int:
+    """The exit of an adapter of a table."""
+    if adapter.get("exit_layer") is not None:
+        return int(adapter["exit_layer"])
+    if not adapter.get("name") or not (folder / adapter["name"]).is_dir():
+        raise CatsError(f"the table does not say the exit of the adapter {adapter.get('name')!r}, and {folder} has none of that name.")
+    found = getattr(read_adapter_config(folder / adapter["name"]), "exit_layer", None)
+    if found is None:
+        raise CatsError(f"{folder / adapter['name'] / 'config.json'} does not say the exit layer of the adapter; add it.")
+    return int(found)
+
+
+def notes_of(cells: Sequence[Mapping[str, Any]]) -> str:
+    """How it was measured."""
+    settings = cells[0]["settings"]
+    benches = ", ".join(dict.fromkeys(cell["settings"]["bench"] for cell in cells))
+    return f"{settings['model']['name']}, greedy, {settings['dtype']}, {benches}, at most {settings['max_new_tokens']} tokens an answer"
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the tables, write the profile, say what is in it."""
+    parser = CommandParser(
+        prog="python -m evaluation.acceptance_profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", type=Path, nargs="+", help="result files of evaluation.acceptance_table, of one model")
+    parser.add_argument("--adapters", type=Path, required=True, help="the folder that holds the adapters; the profile is written there")
+    args = parser.parse_args(argv)
+    if not args.adapters.is_dir():
+        raise CatsError(f"there is no directory {args.adapters}; give the folder that holds the adapters.")
+    try:
+        cells = [cell for table in args.tables for cell in json.loads(table.read_text(encoding="utf-8"))["cells"]]
+        models = {cell["settings"]["model"]["weights"] for cell in cells}
+        profile = profile_of(cells, args.adapters) if len(models) == 1 else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CatsError(f"{args.tables[0]} is no table of evaluation.acceptance_table ({type(error).__name__}: {error}).") from error
+    if profile is None:
+        raise CatsError(f"the tables are of {len(models)} models; give those of one.")
+    save_acceptance(profile, args.adapters / ACCEPTANCE_FILE)
+    for point in profile.points:
+        sys.stdout.write(f"{point.accepted:6.3f}  {label_of(point.method, point.exits)}\n")
+
+
+if __name__ == "__main__":
+    main()
