@@ -47,9 +47,9 @@ from cats.state import Cycle, DecodeState
 ROWS = (1, 2, 6, 11, 20, 40)
 CONTEXT = 128
 """Positions in the caches while passes are timed."""
-ROUNDS = 7
+ROUNDS = 5
 FEWEST_ROUNDS = 3
-ROUNDS_SECONDS = 1.5
+ROUNDS_SECONDS = 1.0
 """When a slow machine has been timed enough at one number of rows; the first round is left out."""
 BEYOND_CACHE = 192_000_000
 """Bytes of layers and head that few processors' caches hold."""

@@ -1,6 +1,6 @@
 """What the planner knows of a model's methods: accepted lengths from a table of `evaluation.acceptance_table`, beside the adapters.
 
-    python -m evaluation.acceptance_profile evaluation/results/acceptance.json --adapters data/smollm2-135m
+    python -m evaluation.acceptance_profile evaluation/results/acceptance.json --adapters data/smollm2-135m/adapters
 
 Writes `acceptance.json` into the folder that holds the adapters, one point per method and exits: tokens and nodes per target pass,
 over all benches of the table together. Exits are those of the table, or else what the adapter of that name in the folder says.

@@ -13,6 +13,8 @@ from cats.planning.plan import Demand, MemoryPlan, ModelSizes, amount, plan_memo
 from cats.planning.profile import AcceptancePoint, MachineProfile
 
 RINGS = (2, 3, 4, 6, 8)
+ALIKE = 0.02
+"""Share of tokens per second that predictions are not told apart by."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,6 @@ class Candidate:
     def tokens_per_second(self) -> float:
         """Predicted, in the steady state, the prompt left out."""
         return self.option.point.accepted / self.seconds.total
-
-    @property
-    def preference(self) -> tuple[float, int]:
-        """Faster first; among equals the smaller ring."""
-        return self.tokens_per_second, -self.memory.ring_bytes
 
 
 @dataclass(frozen=True)
@@ -121,13 +118,20 @@ def choose(
     found, refused = [], {}
     for option in options:
         try:
-            found.append(max(priced(option, machine, budget_bytes, covers, rings), key=lambda candidate: candidate.preference))
+            found.append(with_best_ring(list(priced(option, machine, budget_bytes, covers, rings))))
         except BudgetError as error:
             refused[option.label] = str(error)
     if not found:
         raise BudgetError(refused[min(options, key=lambda option: (option.demand.front, option.demand.nodes)).label])
     ordered = sorted(found, key=lambda candidate: candidate.tokens_per_second, reverse=True)
     return Choice(tuple(ordered), refused, machine)
+
+
+def with_best_ring(candidates: Sequence[Candidate]) -> Candidate:
+    """The fastest; of those that are as good as equal to it, one whose ring lets a prompt stream each layer once, then the smallest."""
+    fastest = max(candidate.tokens_per_second for candidate in candidates)
+    near = [candidate for candidate in candidates if candidate.tokens_per_second >= (1 - ALIKE) * fastest]
+    return max(near, key=lambda candidate: (candidate.memory.holds_sublayers, candidate.tokens_per_second, -candidate.memory.ring_bytes))
 
 
 def priced(option: Option, machine: MachineProfile, budget_bytes: int, covers: str, rings: Sequence[int]) -> Iterator[Candidate]:
