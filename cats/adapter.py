@@ -105,11 +105,18 @@ class AdapterModel(nn.Module):
         """Bytes of the weights, as held."""
         return sum(weight.nbytes for weight in self.parameters())
 
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights once the arithmetic is `dtype`."""
+        return sum(weight.numel() * self._resting(weight, dtype).itemsize for weight in self.parameters())
+
+    @staticmethod
+    def _resting(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+        return dtype if weight.dim() == 1 or not is_exact(weight.dtype, dtype) else weight.dtype
+
     def compute_in(self, dtype: torch.dtype, work: WorkSpace) -> None:
         """Make the arithmetic `dtype`, as the base's is; matrices stay as held, unless `dtype` would round them in every product."""
         for parameter in self.parameters():
-            if parameter.dim() == 1 or not is_exact(parameter.dtype, dtype):
-                parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(self._resting(parameter, dtype))
         replace_projections(self, work)
 
     def forward(

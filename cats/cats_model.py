@@ -11,8 +11,8 @@ from cats.adapter import AdapterModel
 from cats.config import MemoryOptions
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.errors import CatsError
-from cats.runtime.budget import interpreter_bytes
-from cats.runtime.weights import load_planned
+from cats.loading import load_base
+from cats.runtime.budget import give_back_freed_memory, interpreter_bytes
 
 
 class MultiAdapterCATSModel(nn.Module):
@@ -50,16 +50,14 @@ class MultiAdapterCATSModel(nn.Module):
             memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything.
             compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU (float64 where that is held), elsewhere `dtype`.
         """
+        if memory is not None and memory.budget_bytes is not None and memory.covers == "process":
+            give_back_freed_memory()
         before, places = interpreter_bytes(), (adapters or {}).items()
         loaded = {
             name: AdapterModel.from_pretrained(directory, exit_layer, dtype, device, sparing=memory is not None)
             for name, (directory, exit_layer) in places
         }
-        if memory is None:
-            model = cls(EarlyExitLlamaForCausalLM.from_pretrained(base_path, dtype, device, compute_dtype))
-        else:
-            planned = load_planned(base_path, (dtype, compute_dtype), torch.device(device), memory, list(loaded.values()), before)
-            model = cls(planned)
+        model = cls(load_base(base_path, dtype, compute_dtype, device, memory, list(loaded.values()), before))
         for name, (directory, _) in places:
             model.add_adapter(name, loaded[name], f"the adapter in {directory}")
         return model
@@ -80,6 +78,9 @@ class MultiAdapterCATSModel(nn.Module):
             raise CatsError(f"{what} reads exit {adapter.exit_layer}; exits of this base model are 1 to {self.base.layer_count - 1}.")
         adapter.cover_positions(self.base.context)
         adapter.compute_in(self.base.dtype, self.base.work)
+        ledger = self.base.source.ledger
+        ledger.charge("adapters", adapter.nbytes)
+        adapter.rope.charge = ledger.holder("rotary tables")
         self.adapters[name] = adapter
         self.add_module(f"adapter_{name}", adapter)
 

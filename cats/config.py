@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cats.errors import CatsError
+from cats.planning.plan import View
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -153,6 +154,7 @@ class MemoryOptions:
         ring_buffers: size of the ring that weights are streamed through, in largest matrices; None leaves it to the planner, else it is 3.
         positions: prompt and answer together, at most.
         nodes: nodes of a tree, root included, at most; a planned load grants what its method grows.
+        views: other forms of the model that the method drafts with; what they multiply by is resident.
     """
 
     budget_bytes: int | None = None
@@ -162,6 +164,7 @@ class MemoryOptions:
     ring_buffers: int | None = None
     positions: int = 2048
     nodes: int = 1
+    views: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.covers in ("process", "weights"), f"budget-covers is {self.covers!r}; it must be process or weights.")

@@ -3,94 +3,28 @@
 The layers are transformers' own, so every checkpoint of a family in `cats/families.py` works: an embedding, equal decoder
 layers, a final norm and a head. A layer is called with hidden states, a 4-D bias, rotary embeddings and a cache, and nothing
 else. Where the weights of its projections lie, in memory or in a stream, is known to the projections (`cats/linear.py`) and to
-the model's `source` alone.
+the model's `source` (`cats/runtime/store.py`) alone.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from cats.checkpoint import CONFIG_FAULTS, load_strictly, tensor_forms
-from cats.dtypes import compute_dtype as choose_compute_dtype
-from cats.dtypes import held_dtype as choose_held_dtype
+from cats.checkpoint import CONFIG_FAULTS
 from cats.errors import CatsError
 from cats.families import check_layers, check_rope, family_of, usable_context
 from cats.kv_cache import KVCache
-from cats.linear import Embedding, WorkSpace, replace_projections
+from cats.linear import WorkSpace
 from cats.planning.plan import EXACT, View
 from cats.rope import RopeTable
+from cats.runtime.store import AT_ONCE, Store
 from cats.turns import Turns
-
-AT_ONCE = nullcontext()
-
-
-class WeightSource(Protocol):
-    """Where the weights come from, and what that has cost so far.
-
-    Attributes:
-        bytes_taken: bytes of weights that passes have taken from a stream.
-        wait_seconds: time that passes have waited for them.
-        one_answer: whether caches and activations are granted for one answer at a time.
-        holds_sublayers: whether all that an attention or an MLP multiplies by can be kept at once.
-    """
-
-    @property
-    def bytes_taken(self) -> int: ...
-
-    @property
-    def wait_seconds(self) -> float: ...
-
-    @property
-    def one_answer(self) -> bool: ...
-
-    @property
-    def holds_sublayers(self) -> bool: ...
-
-    def keeping(self, layer: int, sublayer: str) -> AbstractContextManager[None]:
-        """Inside the block the weights of an attention ("self_attn") or MLP ("mlp") come once and stay."""
-        ...
-
-    def check(self, view: View) -> None:
-        """Raise `CatsError` where a view other than EXACT cannot run: it would draft with weights that are not resident."""
-        ...
-
-    def admit(self, positions: int, nodes: int) -> None:
-        """Raise `CatsError` where an answer of so many positions, with trees of so many nodes, would break the memory budget."""
-        ...
-
-    def report(self) -> list[str]:
-        """Lines of a table that shows where the memory goes; none without a plan for it."""
-        ...
-
-
-class ResidentWeights:
-    """All weights in memory, without a limit."""
-
-    bytes_taken = 0
-    wait_seconds = 0.0
-    one_answer = False
-    holds_sublayers = True
-
-    def keeping(self, layer: int, sublayer: str) -> AbstractContextManager[None]:
-        """See `WeightSource`."""
-        return AT_ONCE
-
-    def check(self, view: View) -> None:
-        """See `WeightSource`."""
-
-    def admit(self, positions: int, nodes: int) -> None:
-        """See `WeightSource`."""
-
-    def report(self) -> list[str]:
-        """See `WeightSource`."""
-        return []
 
 
 @dataclass(slots=True)
@@ -140,7 +74,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         lm_head: hidden states [.., D] -> logits [.., V]; shared by every adapter.
         dtype: of the arithmetic, states and caches (the compute dtype of cats/dtypes.py).
         held_dtype: that the weights' values are rounded to; `dtype` holds every one of them.
-        source: see `WeightSource`.
+        source: where the weights come from, and what that has cost.
         work: where projections widen weights, those of the adapters too.
         turns: one step at a time, since steps share work space, ring and tables.
     """
@@ -154,7 +88,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         causal_lm: Any,
         config: PretrainedConfig,
         dtype: torch.dtype | None = None,
-        source: WeightSource | None = None,
+        source: Store | None = None,
         work: WorkSpace | None = None,
         held_dtype: torch.dtype | None = None,
     ):
@@ -164,13 +98,14 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         self.embed_tokens, self.norm, self.lm_head = decoder.embed_tokens, decoder.norm, causal_lm.lm_head
         self.layers = decoder.layers
         self.layer_count, self.context = len(decoder.layers), usable_context(config)
-        self.source: WeightSource = source or ResidentWeights()
+        self.source = source or Store()
         self.dtype: torch.dtype = dtype or causal_lm.lm_head.weight.dtype
         self.held_dtype: torch.dtype = held_dtype or self.dtype
         self.work = work or WorkSpace()
         self.turns = Turns(self.source.one_answer)
         with torch.device("cpu"):
-            self.rope = RopeTable(type(decoder.rotary_emb)(config=config), config, self.context)
+            rotary = type(decoder.rotary_emb)(config=config)
+        self.rope = RopeTable(rotary, config, self.context, self.source.ledger.holder("rotary tables"))
 
     @property
     def device(self) -> torch.device:
@@ -188,22 +123,9 @@ class EarlyExitLlamaForCausalLM(nn.Module):
                 is upcast in every product. "float32" holds an upcast copy: twice the memory, the same logits, faster on a CPU.
             compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU, so that nothing is rounded, elsewhere `dtype`.
         """
-        config = read_config(directory)
-        with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        work = WorkSpace()
-        replace_projections(causal_lm, work)
-        forms = tensor_forms(directory)
-        held = choose_held_dtype(dtype, config, forms)
-        compute = choose_compute_dtype(compute_dtype, held, torch.device(device))
-        tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        from cats.loading import load_base  # which builds this class
 
-        def place(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device=device, dtype=held, copy=True).to(held if tensor.dim() > 1 else compute)
-
-        load_strictly(causal_lm, directory, forms, f"the checkpoint in {directory}", place, tied)
-        causal_lm.model.embed_tokens = Embedding(causal_lm.model.embed_tokens.weight, compute)
-        return cls(causal_lm, config, compute, work=work, held_dtype=held).eval()
+        return load_base(directory, dtype, compute_dtype, device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "EarlyExitLlamaForCausalLM":
         """What `.to`, `.float`, `.half`, `.cuda` go through: `CatsError` unless the model is that already, since caches, work space and
@@ -259,23 +181,23 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         Returns:
             how many layers were run.
         """
-        if len(groups) > 1 and not self.source.holds_sublayers:
+        several, source = len(groups) > 1, self.source
+        if several and not source.holds_sublayers:
             return sum(self.run_layers([group], start, end, view) for group in groups)
-        if view is not EXACT and view != EXACT:
-            self.source.check(view)
-        several, passes = len(groups) > 1, 0
-        for index in range(start, end) if groups else ():
-            layer = self.layers[index]
-            attends, transforms = index not in view.attention, index not in view.mlp
-            passes += attends or transforms
-            if attends:
-                with self.source.keeping(index, "self_attn") if several else AT_ONCE:
-                    for group in groups:
-                        group.attend(layer)
-            if transforms:
-                with self.source.keeping(index, "mlp") if several else AT_ONCE:
-                    for group in groups:
-                        group.transform(layer)
+        passes = 0
+        with source.running(view):
+            for index in range(start, end) if groups else ():
+                layer = self.layers[index]
+                attends, transforms = index not in view.attention, index not in view.mlp
+                passes += attends or transforms
+                if attends:
+                    with source.keeping(index, "self_attn") if several else AT_ONCE:
+                        for group in groups:
+                            group.attend(layer)
+                if transforms:
+                    with source.keeping(index, "mlp") if several else AT_ONCE:
+                        for group in groups:
+                            group.transform(layer)
         return passes
 
     def hidden_states(self, input_ids: torch.Tensor, exits: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -294,7 +216,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for all layers with `capacity` slots."""
-        return KVCache(self.config, self.layer_count, capacity, self.dtype, self.device)
+        return KVCache(self.config, self.layer_count, capacity, self.dtype, self.device, self.source.one_answer)
 
 
 def read_config(directory: str | Path) -> PretrainedConfig:

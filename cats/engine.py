@@ -236,9 +236,10 @@ def stream(
     limits = Limits(with_end_tokens(config, model), len(prompt_ids), context, stop)
     acceptance = acceptance or build_acceptance(config, model.base.device)
     turns = model.base.turns
-    with turns.answer() as place:
+    with turns.answer() as place, ExitStack() as ending:
         with turns.step(place):
             state = DecodeState(model, prompt_ids, method.adapters, len(prompt_ids) + limits.room, method.max_nodes)
+            ending.callback(state.close)
             step = read_prompt(state, acceptance, limits)
             method.start(state)
         yield step

@@ -12,14 +12,22 @@ from typing import Any
 import torch
 from transformers import Cache, PretrainedConfig
 
+from cats.masks import sent
+
 
 class KVCache(Cache):
-    """A transformers `Cache` for one sequence. `storage` has shape [layers, 2, 1, kv_heads, capacity, head_dim]."""
+    """A transformers `Cache` for one sequence. `storage` has shape [layers, 2, 1, kv_heads, capacity, head_dim].
 
-    def __init__(self, config: PretrainedConfig, layers: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    Args:
+        touched: have the memory from now on, as a budget counts it; else pages are had when they are first written.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, layers: int, capacity: int, dtype: torch.dtype, device: torch.device, touched: bool = False
+    ):
         super().__init__(layers=[])
         shape = (layers, 2, 1, config.num_key_value_heads, capacity, head_dim(config))
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.storage = torch.empty(shape, dtype=dtype, device=device).zero_() if touched else torch.zeros(shape, dtype=dtype, device=device)
         self._keys = [self.storage[layer, 0] for layer in range(layers)]
         self._values = [self.storage[layer, 1] for layer in range(layers)]
         self._slots: slice | torch.Tensor = slice(0, 0)
@@ -35,6 +43,11 @@ class KVCache(Cache):
     def nbytes(self) -> int:
         """Bytes held, whether used or not."""
         return self.storage.nbytes
+
+    def free(self) -> None:
+        """Give the memory back; the cache is of no use then."""
+        self._keys, self._values = [], []
+        self.storage = self.storage.new_empty(0)
 
     @contextmanager
     def writing(self, slots: slice | torch.Tensor, end: int) -> Iterator[None]:
@@ -68,13 +81,18 @@ class KVCache(Cache):
         """Commit the tree nodes `path`: their rows become the next committed positions, all other nodes are forgotten."""
         path = list(path)
         if path != list(range(len(path))):
-            rows = self.length + torch.tensor(path, device=self.storage.device)
+            rows = sent(self.length + torch.tensor(path), self.storage.device)
             self.storage[:, :, :, :, self.length : self.length + len(path)] = self.storage[:, :, :, :, rows]
         self.length += len(path)
 
     def crop(self, length: int) -> None:
         """Forget every position from `length` on."""
         self.length = min(self.length, length)
+
+
+def cache_bytes(config: PretrainedConfig, slots: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one layer."""
+    return 2 * config.num_key_value_heads * head_dim(config) * slots * dtype.itemsize
 
 
 def head_dim(config: PretrainedConfig) -> int:

@@ -1,21 +1,25 @@
-"""The model's projections, `y = x W^T + b`, and its embedding, for weights that may be half precision, streamed, or both.
+"""The model's projections, `y = x W^T + b`, for weights that may be half precision, streamed, in parts, or all of it.
 
 On a CPU half-precision weights are upcast to float32 (or float64) block by block in a small work space that stays in the
-processor's cache, and never as a whole: upcasting is exact, and memory holds the half-precision weight alone. A streamed weight
-is rounded first, where the dtype that the model holds is another one than the stored (cats/dtypes.py). What is
-computed depends on the values and the shapes only, not on where a weight lies: a streamed weight gives the resident
-weight's result, bit for bit. (Matrix kernels may choose another order of summation for another alignment, so a weight
-that does not lie on a cache line is copied to the work space as well.)
+processor's cache, and never as a whole: upcasting is exact, and memory holds the half-precision weight alone. What else becomes
+of a weight's parts before they are numbers is its kind's matter (cats/weight.py). What is computed depends on the values and the
+shapes only, not on where a weight lies: a streamed weight gives the resident weight's result, bit for bit. (Matrix kernels may
+choose another order of summation for another alignment, so a weight that does not lie on a cache line is copied to the work
+space as well.)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from cats.dtypes import HALVES, is_exact, rounded
+from cats.dtypes import HALVES, is_exact
+
+if TYPE_CHECKING:
+    from cats.weight import Weight
 
 BLOCK = 1 << 21
 """Numbers of a weight that are upcast at a time: 8 MB in float32, which stays in the last-level cache."""
@@ -38,14 +42,21 @@ def has_half_units(dtype: torch.dtype) -> bool:
 
 
 FAST_HALVES = frozenset(dtype for dtype in HALVES if has_half_units(dtype))
-Fetch = Callable[[], AbstractContextManager[torch.Tensor]]
+Rows = Callable[[int, int], torch.Tensor]
+"""Gives rows [start, stop) of a weight as numbers."""
+Opener = Callable[[], AbstractContextManager[Mapping[str, torch.Tensor]]]
+"""Gives parts of a weight, by name."""
 
 
 class WorkSpace:
-    """Where blocks of weights are upcast; one for a model, used by one step at a time (cats/turns.py)."""
+    """Where blocks of weights are upcast; one for a model, used by one step at a time (cats/turns.py).
 
-    def __init__(self) -> None:
-        self._numbers = torch.empty(0)
+    Args:
+        charge: told of the bytes that are about to be held more.
+    """
+
+    def __init__(self, charge: Callable[[int], object] = int) -> None:
+        self._charge, self._numbers = charge, torch.empty(0)
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +66,8 @@ class WorkSpace:
     def upcast(self, block_RK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`block_RK` in `dtype` on a cache line; valid until the next call."""
         if self._numbers.dtype != dtype or self._numbers.numel() < block_RK.numel():
+            self._charge(block_RK.numel() * dtype.itemsize - self._numbers.nbytes)
+            self._numbers = torch.empty(0)
             self._numbers = torch.empty(block_RK.numel(), dtype=dtype)
         place = self._numbers[: block_RK.numel()].view(block_RK.shape)
         place.copy_(block_RK)
@@ -65,10 +78,10 @@ class Linear(nn.Module):
     """A projection with the parameter names of `nn.Linear`.
 
     Attributes:
-        weight: [R, K]; on the meta device where `fetch` brings it.
+        weight: [R, K]; on the meta device where `open` brings parts of it.
         bias: [R] or None.
-        fetch: opens a context with the weight as stored, for as long as one product takes; None where the weight is resident.
-        held: the dtype that a fetched weight is rounded to.
+        kind: how parts give a product (cats/weight.py); None where `weight` is all there is to multiply by.
+        open: gives the parts that the running view needs, for as long as one product takes.
     """
 
     weight: torch.Tensor
@@ -77,56 +90,51 @@ class Linear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, work: WorkSpace):
         super().__init__()
         self.weight, self.bias, self.work = weight, bias, work
-        self.fetch: Fetch | None = None
-        self.held: torch.dtype | None = None
+        self.kind: Weight | None = None
+        self.open: Opener | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[.., K] -> [.., R], in the dtype of `x`."""
-        if self.fetch is None:
+        if self.kind is None or self.open is None:
             return project(x, self.weight, self.bias, self.work)
-        with self.fetch() as weight:
-            return project(x, weight, self.bias, self.work, self.held)
+        with self.open() as parts:
+            return self.kind.product(x, parts, self.bias, self.work)
 
 
-class Embedding(nn.Module):
-    """An embedding table with the parameter name of `nn.Embedding`, perhaps narrower than the arithmetic."""
-
-    weight: torch.Tensor
-
-    def __init__(self, weight_VD: torch.Tensor, dtype: torch.dtype):
-        super().__init__()
-        self.weight, self._dtype = weight_VD, dtype
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [..] -> states [.., D] in the compute dtype."""
-        return functional.embedding(ids, self.weight).to(self._dtype)
+def project(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None, work: WorkSpace) -> torch.Tensor:
+    """`x W^T + b` with a weight that lies in memory as a whole."""
+    height = weight_RK.shape[0]
+    return product(x, lambda start, stop: weight_RK if stop - start == height else weight_RK[start:stop], weight_RK.shape, bias, work)
 
 
-def project(
-    x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None, work: WorkSpace, held: torch.dtype | None = None
-) -> torch.Tensor:
-    """`x W^T + b` in the dtype of `x`, the weight rounded to `held` first; see the module."""
-    if not weight_RK.is_cpu or x.requires_grad:
-        return functional.linear(x, rounded(weight_RK, held).to(x.dtype), bias)
+def product(x: torch.Tensor, rows: Rows, shape: torch.Size, bias: torch.Tensor | None, work: WorkSpace) -> torch.Tensor:
+    """`x W^T + b` in the dtype of `x`; see the module.
+
+    Args:
+        rows: gives rows of W as numbers.
+        shape: [R, K] of W.
+    """
+    if not x.is_cpu or x.requires_grad:
+        return functional.linear(x, rows(0, shape[0]).to(x.dtype), bias)
     if x.dtype in HALVES:
-        weight_RK = rounded(weight_RK, held).to(x.dtype)  # rounded before it is upcast, as a resident weight is when it is loaded
+        weight_RK = rows(0, shape[0]).to(x.dtype)  # rounded before it is upcast, as a resident weight is when it is loaded
         if x.dtype in FAST_HALVES or x.numel() < WORTH_WIDENING * x.shape[-1]:
             return functional.linear(x, weight_RK, bias)
         wide = project(x.float(), weight_RK, None, work).to(x.dtype)
         return wide if bias is None else wide + bias
-    if weight_RK.numel() <= BLOCK:
-        return functional.linear(x, ready(rounded(weight_RK, held), x.dtype, work), bias)
-    out = in_blocks(x, weight_RK, work, held)
+    if shape.numel() <= BLOCK:
+        return functional.linear(x, ready(rows(0, shape[0]), x.dtype, work), bias)
+    out = in_blocks(x, rows, shape, work)
     return out if bias is None else out + bias
 
 
-def in_blocks(x: torch.Tensor, weight_RK: torch.Tensor, work: WorkSpace, held: torch.dtype | None) -> torch.Tensor:
-    """`x W^T` with a weight that is rounded and upcast block by block."""
+def in_blocks(x: torch.Tensor, rows: Rows, shape: torch.Size, work: WorkSpace) -> torch.Tensor:
+    """`x W^T` with a weight that is made numbers block by block."""
     x_TK, threads = x.reshape(-1, x.shape[-1]), torch.get_num_threads()
-    rows = max(BLOCK // weight_RK.shape[1] // threads, 1) * threads
-    blocks = (weight_RK[start : start + rows] for start in range(0, len(weight_RK), rows))
-    out_TR = torch.cat([times_block(x_TK, ready(rounded(block, held), x.dtype, work)) for block in blocks], dim=1)
-    return out_TR.view(*x.shape[:-1], len(weight_RK))
+    height = max(BLOCK // shape[1] // threads, 1) * threads
+    blocks = (rows(start, min(start + height, shape[0])) for start in range(0, shape[0], height))
+    out_TR = torch.cat([times_block(x_TK, ready(block, x.dtype, work)) for block in blocks], dim=1)
+    return out_TR.view(*x.shape[:-1], shape[0])
 
 
 def times_block(x_TK: torch.Tensor, block_RK: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,8 @@ from cats.checkpoint import TensorPlace, load_strictly, tensor_forms
 from cats.config import AutoregressiveConfig, GenerationConfig
 from cats.dtypes import narrowest
 from cats.earlyexit import EarlyExitLlamaForCausalLM
-from cats.linear import Embedding, WorkSpace, replace_projections
+from cats.embedding import Embedding
+from cats.linear import WorkSpace, replace_projections
 from cats.methods import build_method
 from cats.planning.profile import MachineProfile, Table, load_machine, save_machine, seconds_for
 from cats.runtime.link import Link

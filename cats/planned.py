@@ -12,22 +12,17 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PretrainedConfig
 
 from cats.adapter import AdapterModel
 from cats.checkpoint import TensorPlace, locate_tensors
 from cats.config import AutoregressiveConfig, MemoryOptions, MethodConfig, require
-from cats.dtypes import compute_dtype, held_dtype
-from cats.earlyexit import read_config
-from cats.families import usable_context
+from cats.loading import Checkpoint, checkpoint_of, demand_of, sizes_of_checkpoint
 from cats.machine import Subject, machine_profile
 from cats.methods import METHODS, best_method, build_method
 from cats.planning.cost import PRICED, label_of
-from cats.planning.plan import Demand
 from cats.planning.planner import Choice, Option, choose
 from cats.planning.profile import AcceptancePoint, AcceptanceProfile, load_acceptance
 from cats.runtime.budget import GROWTH, interpreter_bytes
-from cats.runtime.weights import EMBEDDING, HEAD, model_sizes
 from cats.settings import flag_of, settings_of
 from cats.smollm2 import Report
 
@@ -94,10 +89,8 @@ class Loading:
             nothing is planned.
     """
 
-    directory: Path
-    config: PretrainedConfig
+    checkpoint: Checkpoint
     places: Mapping[str, TensorPlace]
-    dtypes: tuple[torch.dtype, torch.dtype]
     device: torch.device
     memory: MemoryOptions
     adapters: Mapping[str, Sequence[tuple[Place, AdapterModel]]]
@@ -112,9 +105,7 @@ class Loading:
         memory: MemoryOptions,
     ) -> "Loading":
         """Read it; whatever is missing or damaged raises `CatsError`."""
-        config, places = read_config(directory), locate_tensors(directory)
-        held = held_dtype(dtypes[0], config, places)
-        compute = compute_dtype(dtypes[1], held, device)
+        checkpoint = checkpoint_of(directory, dtypes, device)
         read = {
             name: [
                 ((path, model.exit_layer), model)
@@ -124,7 +115,7 @@ class Loading:
             for name, candidates in adapters.items()
             if candidates
         }
-        return cls(directory, config, places, (held, compute), device, memory, read)
+        return cls(checkpoint, locate_tensors(directory), device, memory, read)
 
     def options(self, profile: AcceptanceProfile, settings: Mapping[str, Any]) -> Iterator[Option]:
         """Every measured way to run that the adapters allow and that agrees with the settings; plain decoding, which has none, first."""
@@ -153,29 +144,19 @@ class Loading:
 
     def option(self, point: AcceptancePoint, adapters: Sequence[AdapterModel], interpreter: int) -> Option:
         """What the point asks of memory, as loading will ask it."""
-        held, compute = self.dtypes
-        places = dict(self.places)
-        if self.config.tie_word_embeddings and EMBEDDING in places:
-            places[HEAD] = places[EMBEDDING]
-        demand = Demand(
-            front=max(point.exits, default=0),
-            adapters=len(adapters),
-            positions=min(self.memory.positions, usable_context(self.config)),
-            nodes=max(self.memory.nodes, build_method(point.method).max_nodes),
-            pinning=self.memory.pinning,
-            compute_itemsize=compute.itemsize,
-            interpreter_bytes=interpreter,
-        )
-        return Option(point, model_sizes(self.config, places, adapters, held, compute), demand)
+        asked = replace(self.memory, nodes=max(self.memory.nodes, build_method(point.method).max_nodes))
+        demand = demand_of(asked, self.checkpoint, adapters, interpreter, table=self.device.type == "cuda")
+        return Option(point, sizes_of_checkpoint(self.checkpoint, adapters), demand)
 
     def subject(self) -> Subject:
         """What is measured of the machine."""
-        held, compute = self.dtypes
+        checkpoint = self.checkpoint
         timed = next((candidates[0] for candidates in self.adapters.values()), None)
         adapter, nbytes = (None, 0) if timed is None else ((timed[0][0], int(timed[1].exit_layer or 0)), timed[1].nbytes)
         budget = self.memory.budget_bytes if self.memory.covers == "process" else None
         room = None if budget is None else budget - int(psutil.Process().memory_info().rss) - GROWTH
-        return Subject(self.directory, self.config, self.places, held, compute, self.device, adapter, nbytes, room)
+        places, held, compute = self.places, checkpoint.held, checkpoint.compute
+        return Subject(checkpoint.directory, checkpoint.config, places, held, compute, self.device, adapter, nbytes, room)
 
 
 def plan_load(loading: Loading, planning: Planning) -> LoadPlan:

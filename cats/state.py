@@ -6,6 +6,7 @@ computed twice: drafting takes nodes to exit d, shallow verification to exit s, 
 """
 
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -14,7 +15,7 @@ import torch
 from cats.adapter import AdapterModel
 from cats.cats_model import MultiAdapterCATSModel
 from cats.earlyexit import Rows
-from cats.kv_cache import KVCache
+from cats.kv_cache import KVCache, cache_bytes
 from cats.masks import causal_bias, causal_biases, sent, tree_bias
 from cats.planning.plan import EXACT, PREFILL_ROWS, View
 from cats.trace import StageSeconds, Stopwatch
@@ -29,9 +30,9 @@ class AdapterState:
     long, no more than PREFILL_ROWS are left pending.
     """
 
-    def __init__(self, adapter: AdapterModel, capacity: int, like: torch.Tensor):
+    def __init__(self, adapter: AdapterModel, capacity: int, like: torch.Tensor, touched: bool):
         self.adapter = adapter
-        self.cache = KVCache(adapter.config, 1, capacity, like.dtype, like.device)
+        self.cache = KVCache(adapter.config, 1, capacity, like.dtype, like.device, touched)
         self.pending_ND = like.new_empty(0, adapter.config.hidden_size)
 
     def wait(self, hidden_ND: torch.Tensor) -> None:
@@ -67,14 +68,37 @@ class DecodeState:
         self.exits = model.exits(adapters)
         self.tokens = list(prompt)
         base.source.admit(capacity, max_nodes)
+        self._returned: list[weakref.finalize[..., DecodeState]] = []
+        self._charge(capacity, max_nodes, adapters)
         self.cache = base.new_cache(capacity + max_nodes)
         like = torch.empty(0, dtype=base.dtype, device=base.device)
-        self.adapters = {name: AdapterState(model.adapters[name], capacity + max_nodes, like) for name in adapters}
+        self.adapters = {name: AdapterState(model.adapters[name], capacity + max_nodes, like, base.source.one_answer) for name in adapters}
         self.levels = sorted({*self.exits.values(), base.layer_count})
         self.final_hidden_1D = like
         self.prompt_passes = 0
         self._places = torch.arange(capacity + max_nodes, device=base.device)
         self._rows: dict[int, torch.Tensor] = {}
+
+    def _charge(self, capacity: int, max_nodes: int, adapters: tuple[str, ...]) -> None:
+        """Charge caches and activations, until this state is closed or gone."""
+        base, slots = self.base, capacity + max_nodes
+        configs = [base.config] * base.layer_count + [self.model.adapters[name].config for name in adapters]
+        taken = {
+            "KV caches": sum(cache_bytes(config, slots, base.dtype) for config in configs),
+            "activations": base.source.plan.activations(capacity, max_nodes),
+        }
+        for name, nbytes in taken.items():
+            base.source.ledger.charge(name, nbytes)
+            self._returned.append(weakref.finalize(self, base.source.ledger.charge, name, -nbytes))
+
+    def close(self) -> None:
+        """The answer has ended: give back what it holds, whoever still refers to it."""
+        for give_back in self._returned:
+            give_back()
+        for cache in (self.cache, *(adapter.cache for adapter in self.adapters.values())):
+            cache.free()
+        self._rows.clear()
+        self.base.source.answer_ended()
 
     def rows_at(self, layer: int) -> torch.Tensor:
         """Work space [max_nodes, D] for the states of tree nodes that stand at `layer`."""

@@ -40,10 +40,11 @@ from cats.cli.progress import live_bar
 from cats.errors import BudgetError
 from cats.files import write_atomically
 from cats.hub import locate
+from cats.loading import EMBEDDING, HEAD
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.direct_file import window, window_bytes
 from cats.runtime.link import rate_text
-from cats.runtime.weights import EMBEDDING, HEAD, PlannedWeights, tensor_name
+from cats.runtime.store import Store
 from cats.text import ModelText
 from evaluation.chosen_model import adapters_in, base_model, exit_of
 from evaluation.metrics import ModelShape, paper_bytes_per_token
@@ -182,7 +183,7 @@ def measure(row: Row, exercise: Exercise) -> dict[str, Any]:
 def figures(model: MultiAdapterCATSModel, method: MethodConfig, exercise: Exercise) -> dict[str, Any]:
     """Decode, count, and compare what was counted with what the plan says; closes the model's files."""
     source = model.base.source
-    if not isinstance(source, PlannedWeights):
+    if source.plan.budget_bytes is None:
         raise CatsError("the model was loaded without a memory plan; give a budget.")
     try:
         warm_up = GenerationConfig(max_new_tokens=WARM_UP_TOKENS, eos_token_ids=())
@@ -196,7 +197,7 @@ def figures(model: MultiAdapterCATSModel, method: MethodConfig, exercise: Exerci
 
 
 def summary(
-    model: MultiAdapterCATSModel, method: MethodConfig, source: PlannedWeights, answers: Sequence[Generation], disk: int | None
+    model: MultiAdapterCATSModel, method: MethodConfig, source: Store, answers: Sequence[Generation], disk: int | None
 ) -> dict[str, Any]:
     """All figures of a row; raises `CatsError` where bytes disagree."""
     traces = [trace for answer in answers for trace in answer.traces[1:]]
@@ -226,7 +227,7 @@ def summary(
     return found
 
 
-def check_bytes(found: dict[str, Any], source: PlannedWeights) -> None:
+def check_bytes(found: dict[str, Any], source: Store) -> None:
     """Raise `CatsError` where counted bytes are not those of the plan, or not those that the disk delivered."""
     counted, planned = found["bytes_per_token"], found["planned_bytes_per_token"]
     if source.streamer is None:
@@ -245,9 +246,9 @@ def check_bytes(found: dict[str, Any], source: PlannedWeights) -> None:
         )
 
 
-def planned_bytes(source: PlannedWeights, nodes: float) -> float:
+def planned_bytes(source: Store, nodes: float) -> float:
     """Bytes that one pass takes from flash: the windows of what is streamed, and one row of the embedding table per node."""
-    streamed = sum(window_bytes(source.places[tensor_name(piece)]) for piece in source.plan.streamed)
+    streamed = sum(window_bytes(source.places[source.names[piece]]) for piece in source.plan.streamed)
     table = source.places[EMBEDDING]
     if table == source.places[HEAD]:
         return streamed
@@ -255,7 +256,7 @@ def planned_bytes(source: PlannedWeights, nodes: float) -> float:
     return streamed + nodes * sum(window(table.offset + row * width, width)[1] for row in range(rows)) / rows
 
 
-def shape_of(model: MultiAdapterCATSModel, method: MethodConfig, source: PlannedWeights) -> ModelShape:
+def shape_of(model: MultiAdapterCATSModel, method: MethodConfig, source: Store) -> ModelShape:
     """What the paper's formula needs, in bytes as stored."""
     drafts = "draft" in model.adapters
     layer = sum(place.nbytes for name, place in source.places.items() if name.startswith("model.layers.0."))

@@ -24,7 +24,7 @@ from cats.cli.progress import heartbeat, live_bar
 from cats.errors import CatsError
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import rate_text
-from cats.runtime.weights import PlannedWeights
+from cats.runtime.store import Store
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.options import add_place_flags
 from evaluation.presets import PRESET_HELP, parse_presets
@@ -45,10 +45,10 @@ class Contender:
     answers: list[cats.Generation]
 
     @property
-    def source(self) -> PlannedWeights:
+    def source(self) -> Store:
         """Where its weights come from."""
         source = self.model.base.source
-        if not isinstance(source, PlannedWeights) or source.streamer is None:
+        if source.streamer is None:
             raise CatsError(f"everything fits the budget for {self.method.name}, so nothing is streamed; give a smaller --memory-budget.")
         return source
 

@@ -14,10 +14,12 @@ import cats
 from cats.acceptance import Verdict
 from cats.methods.base import Method
 from cats.planning.plan import View
+from cats.runtime.direct_file import window_bytes
 from cats.state import Cycle, DecodeState
 from tests.scripted_model import LAYERS, follow, random_script, scripted_model
 from tests.tiny_models import LAYERS as TINY_LAYERS
 from tests.tiny_models import TinyModel, prompts
+from tests.weight_kinds import COARSE, of_kind
 
 Tiny = Callable[[str], TinyModel]
 CONFIG = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=())
@@ -77,8 +79,8 @@ class LookaheadStub(Method):
 
 
 @dataclass
-class CasSpecStub(Method):
-    """Drafts a chain with a subset of the model's layers; the entries it leaves behind are approximate."""
+class ViewStub(Method):
+    """Drafts a chain with another view of the model; the entries it leaves behind are approximate."""
 
     view: View
     steps: int = 4
@@ -133,7 +135,7 @@ SUBSETS = {
 @pytest.mark.parametrize("name", SUBSETS)
 def test_cas_spec_stub_is_lossless(tiny: Tiny, name: str) -> None:
     model = cats.load(tiny("llama").base, dtype="float64")
-    stub = CasSpecStub(SUBSETS[name])
+    stub = ViewStub(SUBSETS[name])
     for prompt in prompts(count=2, longest=10, seed=8):
         assert cats.generate(model, prompt, stub, CONFIG).ids == plain(model, prompt)
     assert any(stub.verdicts)
@@ -163,3 +165,55 @@ def test_the_skipping_draft_of_a_scripted_model_loses_only_what_it_skips() -> No
         hidden = model.base.forward_draft_or_large_model(input_ids=torch.tensor([[1, 4, 2]]), view=skipped)
         logits = model.base.target_logits(hidden)[0, -1].numpy()
     assert np.corrcoef(logits, target.current_VV[2])[0, 1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["sum", "copy"])
+@pytest.mark.parametrize("ring_buffers", [1, 3])
+def test_resident_coarse_weights_draft_and_streamed_ones_verify(tiny: Tiny, kind: str, ring_buffers: int) -> None:
+    """Nothing is streamed for drafting, and the exact model alone decides."""
+    exact, stub = cats.load(tiny("llama").base), ViewStub(COARSE)
+    memory = cats.MemoryOptions(pinning=False, ring_buffers=ring_buffers, views=(COARSE,))
+    model = cats.load(of_kind(tiny("llama").base, kind), memory=memory)
+    streamer = model.base.source.streamer
+    assert streamer is not None
+    one_stream = sum(window_bytes(streamed.place) for streamed in streamer.order)
+    for prompt in prompts(count=2, longest=10, seed=8):
+        before = streamer.bytes_taken
+        found = cats.generate(model, prompt, stub, CONFIG)
+        assert found.ids == plain(exact, prompt)
+        assert streamer.bytes_taken - before == len(found.traces) * one_stream
+    assert sum(stub.verdicts) > 0.7 * len(stub.verdicts)
+
+
+REFUSED = {
+    "no such form": (COARSE, "have no coarse form to draft with; known are exact"),
+    "a streamed part": (View(mlp=frozenset({1})), "which is streamed; only weights that are in memory draft"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_view_that_would_draft_with_what_is_not_resident_is_refused(tiny: Tiny, case: str) -> None:
+    view, sentence = REFUSED[case]
+    model = cats.load(tiny("llama").base, memory=cats.MemoryOptions(pinning=False))
+    with pytest.raises(cats.CatsError, match=sentence):
+        cats.generate(model, [5, 6, 7], ViewStub(view), CONFIG)
+
+
+@dataclass
+class Unverified(ViewStub):
+    """Tries to have committed what only its draft has computed, or to continue a draft exactly."""
+
+    deed: str = "commit"
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        nodes = list(super().propose(cycle))
+        if self.deed == "commit":
+            cycle.state.commit(cycle, nodes, 0)
+        cycle.target_logits(nodes[1:])
+        return nodes
+
+
+@pytest.mark.parametrize(("deed", "sentence"), [("commit", "cannot be committed"), ("go on", "under different views")])
+def test_what_a_draft_wrote_counts_for_nothing(tiny: Tiny, deed: str, sentence: str) -> None:
+    with pytest.raises(RuntimeError, match=sentence):
+        cats.generate(cats.load(tiny("llama").base), [5, 6, 7], Unverified(SUBSETS["mlp"], deed=deed), CONFIG)

@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 import cats
 from cats.adapter import AdapterModel
-from cats.checkpoint import locate_tensors
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.families import ATTENTION, FAMILIES, check_layers, usable_context
 from cats.linear import Linear
-from cats.runtime.weights import model_sizes
+from cats.loading import checkpoint_of, sizes_of_checkpoint
 from tests import tiny_models
 from tests.tiny_models import CONTEXT, LAYERS, SIZES, TinyModel
 from training.adapter_start import starting_adapters
@@ -58,10 +57,9 @@ def test_matrices_are_used_in_the_order_of_the_row(tiny: Tiny, name: str) -> Non
 def test_sizes_of_a_checkpoint_are_those_of_its_layers(tiny: Tiny, name: str) -> None:
     """What the plan counts, against the parameters of transformers' own model."""
     base = tiny(name).base
-    places = locate_tensors(base)
-    places.setdefault("lm_head.weight", places["model.embed_tokens.weight"])
     config = read_config(base)
-    found = model_sizes(config, places, [AdapterModel(AdapterModel.config_for(config), 1)], torch.float32, torch.float32)
+    checkpoint = checkpoint_of(base, ("float32", "float32"), torch.device("cpu"))
+    found = sizes_of_checkpoint(checkpoint, [AdapterModel(AdapterModel.config_for(config), 1)])
     layers = tiny_models.reload(tiny(name), torch.float32).get_decoder().layers
     parts = [dict(layer.named_parameters()) for layer in layers]
     matrices = {(index, part): weight.nbytes for index, own in enumerate(parts) for part, weight in own.items() if weight.dim() == 2}
@@ -105,6 +103,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "longrope": ("llama", {"rope_parameters": LONGROPE}, "depends on the length of the text"),
     "a rope of other families": ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional' is not"),
     "a rope that lacks a field": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "cannot read .*low_freq"),
+    "weights of another kind": ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'; supported are plain"),
     "windows without a size": ("qwen3", {"layer_types": SIX_ON}, "no window for them; set use_sliding_window"),
 }
 

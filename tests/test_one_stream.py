@@ -5,6 +5,7 @@ Bytes are counted where they are taken from the ring, and once by a reader that 
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.methods import SHAPES
 from tests.test_streaming import assert_equal, plan_of
 from tests.test_streaming import run as short_answer
 from tests.tiny_models import EOS, SHALLOW_EXIT, SIZES, TinyModel, build, prompts
+from tests.weight_kinds import of_kind, views_of
 
 Tiny = Callable[[str], TinyModel]
 STREAMED = cats.MemoryOptions(pinning=False)
@@ -37,8 +39,9 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 
 @cache
-def loaded(model: TinyModel, memory: cats.MemoryOptions | None) -> cats.MultiAdapterCATSModel:
-    return cats.load(model.base, model.adapters, memory=memory)
+def loaded(model: TinyModel, memory: cats.MemoryOptions | None, kind: str = "plain") -> cats.MultiAdapterCATSModel:
+    memory = None if memory is None else replace(memory, views=views_of(kind))
+    return cats.load(of_kind(model.base, kind), model.adapters, memory=memory)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,25 +68,33 @@ def started(model: cats.MultiAdapterCATSModel, prompt: list[int], shape: str, ne
 
 def streamed_set(model: cats.MultiAdapterCATSModel, base: Path) -> int:
     """Bytes of one stream: the windows of all that is streamed."""
-    places = locate_tensors(base)
-    return sum(window_bytes(places[f"model.layers.{piece.layer}.{piece.matrix}.weight"]) for piece in plan_of(model).streamed)
+    places, names = locate_tensors(base), model.base.source.names
+    return sum(window_bytes(places[names[piece]]) for piece in plan_of(model).streamed)
 
 
 def taken(model: cats.MultiAdapterCATSModel) -> int:
-    return model.base.source.streamer.bytes_taken  # type: ignore[attr-defined]
+    streamer = model.base.source.streamer
+    assert streamer is not None
+    return streamer.bytes_taken
 
 
-@pytest.mark.parametrize(("length", "memory"), [(100, STREAMED), (600, STREAMED), (1600, STREAMED), (4000, STREAMED), (1600, NARROW)])
+@pytest.mark.parametrize(
+    ("kind", "length", "memory"),
+    [
+        *(("plain", length, STREAMED) for length in (100, 600, 1600, 4000)),
+        *(("plain", 1600, NARROW), ("sum", 600, STREAMED), ("copy", 600, STREAMED)),
+    ],
+)
 @torch.inference_mode()
-def test_a_prompt_streams_each_matrix_once(long: TinyModel, length: int, memory: cats.MemoryOptions) -> None:
+def test_a_prompt_streams_each_matrix_once(long: TinyModel, kind: str, length: int, memory: cats.MemoryOptions) -> None:
     """And gives, bit for bit, what the resident model gives. A ring that cannot keep a sublayer streams once per group, as planned."""
-    model, resident, prompt = loaded(long, memory), loaded(long, None), prompt_of(length)
+    model, resident, prompt = loaded(long, memory, kind), loaded(long, None), prompt_of(length)
     groups = -(-length // PREFILL_ROWS)
     streams = 1 if memory is STREAMED else groups
     assert plan_of(model).streams(groups) == streams
     before = taken(model)
     (found, step), (expected, _) = started(model, prompt, "cascade-tree", 4), started(resident, prompt, "cascade-tree", 4)
-    assert taken(model) - before == streams * streamed_set(model, long.base)
+    assert taken(model) - before == streams * streamed_set(model, of_kind(long.base, kind))
     assert step.trace.layer_passes == model.base.layer_count * streams
     assert torch.equal(found.state.cache.storage[..., :length, :], expected.state.cache.storage[..., :length, :])
     for name, adapter in found.state.adapters.items():
@@ -92,11 +103,11 @@ def test_a_prompt_streams_each_matrix_once(long: TinyModel, length: int, memory:
 
 
 @pytest.mark.parametrize("ring_buffers", [2, 3, 4, 9])
-@pytest.mark.parametrize("family", ["llama", "llama-grouped", "qwen2"])
-def test_answers_after_a_prompt_in_groups(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, family: str, ring_buffers: int) -> None:
+@pytest.mark.parametrize(("family", "kind"), [("llama", "plain"), ("llama", "sum"), ("llama-grouped", "copy"), ("qwen2", "plain")])
+def test_answers_after_a_prompt_in_groups(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, family: str, kind: str, ring_buffers: int) -> None:
     """The ring is met at every place that the passes before have left it at."""
     monkeypatch.setattr(cats.state, "PREFILL_ROWS", 3)
-    model = loaded(tiny(family), cats.MemoryOptions(pinning=False, ring_buffers=ring_buffers))
+    model = loaded(tiny(family), cats.MemoryOptions(pinning=False, ring_buffers=ring_buffers), kind)
     expected = short_answer(loaded(tiny(family), None), "cascade-tree")
     for _ in range(3):
         assert_equal(short_answer(model, "cascade-tree"), expected)
@@ -127,17 +138,18 @@ def together(model: cats.MultiAdapterCATSModel, asked: list[list[int]], shapes: 
 MIXED = ["cascade-chain", "autoregressive", "kangaroo", "eagle-tree"]
 
 
+@pytest.mark.parametrize("kind", ["plain", "sum"])
 @pytest.mark.parametrize("shapes", [["cascade-tree"] * 4, ["autoregressive"] * 4, MIXED], ids=["trees", "plain", "mixed"])
 @torch.inference_mode()
-def test_four_answers_share_one_stream(tiny: Tiny, shapes: list[str]) -> None:
-    model, resident, asked = loaded(tiny("llama"), STREAMED), loaded(tiny("llama"), None), prompts(4, 20, seed=11)
+def test_four_answers_share_one_stream(tiny: Tiny, kind: str, shapes: list[str]) -> None:
+    model, resident, asked = loaded(tiny("llama"), STREAMED, kind), loaded(tiny("llama"), None), prompts(4, 20, seed=11)
     config = cats.GenerationConfig(max_new_tokens=12, eos_token_ids=(EOS,))
     alone = [
         cats.generate(resident, prompt, cats.build_method(SHAPES[shape]), config).ids for prompt, shape in zip(asked, shapes, strict=True)
     ]
     found, passes = together(model, asked, shapes)
     assert found == alone
-    assert set(passes) == {streamed_set(model, tiny("llama").base)}
+    assert set(passes) == {streamed_set(model, of_kind(tiny("llama").base, kind))}
 
 
 @torch.inference_mode()

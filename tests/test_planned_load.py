@@ -15,7 +15,7 @@ from cats.errors import CatsError
 from cats.machine import Subject, measure
 from cats.planned import Planning
 from cats.planning.profile import AcceptancePoint, AcceptanceProfile, MachineProfile, load_acceptance, save_acceptance
-from cats.runtime.weights import PlannedWeights
+from cats.runtime.store import Store
 from evaluation import acceptance_profile
 from tests.tiny_models import DRAFT_EXIT, SHALLOW_EXIT, TinyModel
 
@@ -54,8 +54,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Subject]:
     return subjects
 
 
-def source_of(model: cats.CatsModel) -> PlannedWeights:
-    assert isinstance(model.base.source, PlannedWeights)
+def source_of(model: cats.CatsModel) -> Store:
+    assert isinstance(model.base.source, Store)
     return model.base.source
 
 

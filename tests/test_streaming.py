@@ -6,12 +6,13 @@ Logits are caught where the engine judges them. Budgets here count the weights o
 import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import cats
 from cats.acceptance import Greedy, Verdict
@@ -21,6 +22,7 @@ from cats.planning.plan import MemoryPlan
 from cats.tree import TokenTree
 from tests.methods import SHAPES
 from tests.tiny_models import EOS, FAMILIES, LAYERS, SHALLOW_EXIT, TinyModel, prompts
+from tests.weight_kinds import of_kind, rewritten, views_of
 
 PROMPT = prompts(count=1, longest=20, seed=4)[0]
 Tiny = Callable[[str], TinyModel]
@@ -50,8 +52,7 @@ def assert_equal(first: tuple[list[int], list[torch.Tensor]], second: tuple[list
 
 
 def plan_of(model: cats.MultiAdapterCATSModel) -> MemoryPlan:
-    plan: MemoryPlan = model.base.source.plan  # type: ignore[attr-defined]
-    return plan
+    return model.base.source.plan
 
 
 @cache
@@ -64,33 +65,32 @@ def expected(tiny: TinyModel, shape: str) -> tuple[list[int], list[torch.Tensor]
     return run(resident(tiny), shape)
 
 
-@cache
-def streamed(tiny: TinyModel, memory: cats.MemoryOptions) -> cats.MultiAdapterCATSModel:
-    return cats.load(tiny.base, tiny.adapters, dtype="float32", memory=memory)
-
-
-def copied(source: TinyModel, directory: Path, stored: torch.dtype = torch.float32, **metadata: str) -> Path:
-    """The base checkpoint again, in another dtype or with a longer header."""
-    tensors = {name: tensor.to(stored) for name, tensor in load_file(source.base / "model.safetensors").items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt", **metadata})
-    (directory / "config.json").write_bytes((source.base / "config.json").read_bytes())
-    return directory
+@pytest.fixture(params=["plain", "sum", "copy"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The kind of the streamed weights; what is resident and expected is plain."""
+    return str(request.param)
 
 
 @cache
-def smallest(tiny: TinyModel, ring_buffers: int = 1) -> int:
+def streamed(tiny: TinyModel, memory: cats.MemoryOptions, kind: str = "plain") -> cats.MultiAdapterCATSModel:
+    memory = replace(memory, views=views_of(kind))
+    return cats.load(of_kind(tiny.base, kind), tiny.adapters, dtype="float32", memory=memory)
+
+
+@cache
+def smallest(tiny: TinyModel, ring_buffers: int = 1, kind: str = "plain") -> int:
     """Bytes of the smallest budget of weights that this model and its adapters fit into."""
     generous = cats.MemoryOptions(10**9, "weights", pinning=False, ring_buffers=ring_buffers)
-    return plan_of(streamed(tiny, generous)).charged
+    return plan_of(streamed(tiny, generous, kind)).charged
 
 
 @pytest.mark.parametrize(
     ("shape", "ring_buffers"),
     [*((shape, 1) for shape in SHAPES), *((shape, ring) for ring in (2, 3) for shape in ("autoregressive", "cascade-tree", "kangaroo"))],
 )
-def test_every_method_and_ring(tiny: Tiny, shape: str, ring_buffers: int) -> None:
-    memory = cats.MemoryOptions(smallest(tiny("llama"), ring_buffers), "weights", ring_buffers=ring_buffers)
-    model = streamed(tiny("llama"), memory)
+def test_every_method_and_ring(tiny: Tiny, kind: str, shape: str, ring_buffers: int) -> None:
+    memory = cats.MemoryOptions(smallest(tiny("llama"), ring_buffers, kind), "weights", ring_buffers=ring_buffers)
+    model = streamed(tiny("llama"), memory, kind)
     assert plan_of(model).streamed
     assert_equal(run(model, shape), expected(tiny("llama"), shape))
 
@@ -102,10 +102,10 @@ def test_every_method_and_ring(tiny: Tiny, shape: str, ring_buffers: int) -> Non
         *((family, "cascade-tree", share) for family in ("llama-rope-llama3", "qwen2", "qwen3", "mistral") for share in (0.0, 0.5)),
     ],
 )
-def test_budgets_from_the_smallest_to_everything(tiny: Tiny, family: str, shape: str, share: float) -> None:
-    least = smallest(tiny(family))
-    everything = plan_of(streamed(tiny(family), cats.MemoryOptions(10**9, "weights"))).charged
-    model = streamed(tiny(family), cats.MemoryOptions(round(least + share * (everything - least)), "weights", ring_buffers=1))
+def test_budgets_from_the_smallest_to_everything(tiny: Tiny, kind: str, family: str, shape: str, share: float) -> None:
+    least = smallest(tiny(family), 1, kind)
+    everything = plan_of(streamed(tiny(family), cats.MemoryOptions(10**9, "weights"), kind)).charged
+    model = streamed(tiny(family), cats.MemoryOptions(round(least + share * (everything - least)), "weights", ring_buffers=1), kind)
     plan = plan_of(model)
     assert plan.charged <= (plan.budget_bytes or 0)
     assert bool(plan.streamed) == (share < 1)
@@ -113,8 +113,8 @@ def test_budgets_from_the_smallest_to_everything(tiny: Tiny, family: str, shape:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(tiny: Tiny, family: str) -> None:
-    model = streamed(tiny(family), cats.MemoryOptions(pinning=False, ring_buffers=2))
+def test_every_family(tiny: Tiny, kind: str, family: str) -> None:
+    model = streamed(tiny(family), cats.MemoryOptions(pinning=False, ring_buffers=2), kind)
     assert_equal(run(model, "cascade-tree"), expected(tiny(family), "cascade-tree"))
 
 
@@ -126,39 +126,40 @@ def test_every_family(tiny: Tiny, family: str) -> None:
         *((torch.float32, dtype) for dtype in ("bfloat16", "float64")),
     ],
 )
-def test_every_dtype(tiny: Tiny, tmp_path: Path, stored: torch.dtype, dtype: str) -> None:
+def test_every_dtype(tiny: Tiny, tmp_path: Path, kind: str, stored: torch.dtype, dtype: str) -> None:
     """Half precision is widened exactly; a narrower arithmetic rounds what it is given, streamed or not."""
     source = tiny("llama-grouped")
-    base = copied(source, tmp_path, stored)
-    model = cats.load(base, source.adapters, dtype=dtype, memory=cats.MemoryOptions(pinning=False, ring_buffers=2))
-    assert_equal(run(model, "cascade-chain"), run(cats.load(base, source.adapters, dtype=dtype), "cascade-chain"))
+    plain, base = rewritten(source.base, "plain", tmp_path / "plain", stored), rewritten(source.base, kind, tmp_path / "kind", stored)
+    memory = cats.MemoryOptions(pinning=False, ring_buffers=2, views=views_of(kind))
+    model = cats.load(base, source.adapters, dtype=dtype, memory=memory)
+    assert_equal(run(model, "cascade-chain"), run(cats.load(plain, source.adapters, dtype=dtype), "cascade-chain"))
 
 
-def test_a_weight_off_the_cache_line_gives_the_same(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_weight_off_the_cache_line_gives_the_same(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     """Where a tensor lies in its file must not show in the result: kernels may sum in another order for another alignment."""
     source = tiny("llama")
     for padding in (0, 8, 24):
-        base = copied(source, tmp_path, padding=" " * padding)
-        model = cats.load(base, source.adapters, memory=cats.MemoryOptions(pinning=False))
+        base = rewritten(source.base, kind, tmp_path, padding=" " * padding)
+        model = cats.load(base, source.adapters, memory=cats.MemoryOptions(pinning=False, views=views_of(kind)))
         assert_equal(run(model, "cascade-tree"), expected(source, "cascade-tree"))
 
 
-def test_one_byte_less_is_refused(tiny: Tiny) -> None:
-    least = smallest(tiny("llama"))
+def test_one_byte_less_is_refused(tiny: Tiny, kind: str) -> None:
+    least = smallest(tiny("llama"), 1, kind)
     with pytest.raises(cats.CatsError, match=rf"need at least .* with layers \[0, {SHALLOW_EXIT}\) resident.*raise --memory-budget"):
-        cats.load(tiny("llama").base, tiny("llama").adapters, memory=cats.MemoryOptions(least - 1, "weights", ring_buffers=1))
+        streamed(tiny("llama"), cats.MemoryOptions(least - 1, "weights", ring_buffers=1), kind)
 
 
-def test_pinned_matrices_are_spread_over_the_pass(tiny: Tiny) -> None:
-    least = smallest(tiny("llama"))
-    everything = plan_of(streamed(tiny("llama"), cats.MemoryOptions(10**9, "weights"))).charged
-    plan = plan_of(streamed(tiny("llama"), cats.MemoryOptions((least + everything) // 2, "weights", ring_buffers=1)))
+def test_pinned_matrices_are_spread_over_the_pass(tiny: Tiny, kind: str) -> None:
+    least = smallest(tiny("llama"), 1, kind)
+    everything = plan_of(streamed(tiny("llama"), cats.MemoryOptions(10**9, "weights"), kind)).charged
+    plan = plan_of(streamed(tiny("llama"), cats.MemoryOptions((least + everything) // 2, "weights", ring_buffers=1), kind))
     per_layer = [sum(piece.layer == index for piece in plan.streamed) for index in range(SHALLOW_EXIT, LAYERS)]
     assert max(per_layer) - min(per_layer) <= 2
 
 
-def test_a_cycle_takes_every_streamed_matrix_once(tiny: Tiny) -> None:
-    model = streamed(tiny("llama"), cats.MemoryOptions(pinning=False))
+def test_a_cycle_takes_every_streamed_matrix_once(tiny: Tiny, kind: str) -> None:
+    model = streamed(tiny("llama"), cats.MemoryOptions(pinning=False), kind)
     config = cats.GenerationConfig(max_new_tokens=24, eos_token_ids=(EOS,))
     plain = cats.generate(model, PROMPT, cats.build_method(SHAPES["autoregressive"]), config).traces[1:]
     rows = {trace.bytes_streamed for trace in plain}
@@ -168,8 +169,8 @@ def test_a_cycle_takes_every_streamed_matrix_once(tiny: Tiny) -> None:
     assert max(trace.bytes_streamed for trace in cascade) <= max(rows) + 2 * 4096 * nodes
 
 
-def test_an_abandoned_answer_leaves_the_stream_usable(tiny: Tiny) -> None:
-    model = streamed(tiny("llama"), cats.MemoryOptions(pinning=False))
+def test_an_abandoned_answer_leaves_the_stream_usable(tiny: Tiny, kind: str) -> None:
+    model = streamed(tiny("llama"), cats.MemoryOptions(pinning=False), kind)
     steps = cats.stream(model, PROMPT, cats.build_method(SHAPES["cascade-chain"]), cats.GenerationConfig(max_new_tokens=16))
     next(steps)
     next(steps)
@@ -177,8 +178,8 @@ def test_an_abandoned_answer_leaves_the_stream_usable(tiny: Tiny) -> None:
     assert_equal(run(model, "cascade-chain"), expected(tiny("llama"), "cascade-chain"))
 
 
-def test_a_failure_in_the_middle_of_a_pass_leaves_the_stream_usable(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = streamed(tiny("llama"), cats.MemoryOptions(pinning=False))
+def test_a_failure_in_the_middle_of_a_pass_leaves_the_stream_usable(tiny: Tiny, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = streamed(tiny("llama"), cats.MemoryOptions(pinning=False), kind)
     layer = model.base.layers[4]
     with monkeypatch.context() as patched:
         patched.setattr(layer.mlp, "forward", lambda hidden: 1 / 0)
@@ -188,10 +189,10 @@ def test_a_failure_in_the_middle_of_a_pass_leaves_the_stream_usable(tiny: Tiny, 
 
 
 @pytest.mark.parametrize("memory", [cats.MemoryOptions(pinning=False), cats.MemoryOptions(10**9, "weights")])
-def test_a_file_changed_between_answers_is_noticed(tiny: Tiny, tmp_path: Path, memory: cats.MemoryOptions) -> None:
+def test_a_file_changed_between_answers_is_noticed(tiny: Tiny, tmp_path: Path, kind: str, memory: cats.MemoryOptions) -> None:
     """Also where every layer is held: rows of the embedding table are still read."""
-    base = copied(tiny("llama"), tmp_path)
-    model = cats.load(base, memory=memory)
+    base = rewritten(tiny("llama").base, kind, tmp_path)
+    model = cats.load(base, memory=replace(memory, views=views_of(kind)))
     run(model, "autoregressive")
     os.utime(base / "model.safetensors", ns=(1, 1))
     with pytest.raises(cats.CatsError, match="was changed or replaced while"):

@@ -7,7 +7,7 @@ of it there is something to compute and something to read. A cyclic scan defeats
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cats.errors import BudgetError, CatsError
 
@@ -18,6 +18,7 @@ PREFILL_ROWS = 512
 SAMPLING_BYTES = 32
 """What choosing a token takes per logit, at most: sampling with top-p sorts probabilities in float32, with indices of 8 bytes."""
 EXACT_PRECISION = "exact"
+ALL, BEHIND = "all layers", "pinned behind the front"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class ModelSizes:
         widen_bytes: work space of the projections (cats/linear.py).
         rotary_numbers: positions of the context by head_dim: the cosines of a rotary table.
         stored: every piece of the layers, in the order of the exact pass; where none is given, layers are equal and `matrices` whole.
+        table_bytes: the embedding table, where it is another tensor than the head.
     """
 
     layers: int
@@ -94,6 +96,7 @@ class ModelSizes:
     widen_bytes: int = 0
     rotary_numbers: int = 0
     stored: tuple[Piece, ...] = ()
+    table_bytes: int = 0
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -120,6 +123,7 @@ class Demand:
         compute_itemsize: bytes of one number in caches and activations.
         interpreter_bytes: the process before any weight is loaded.
         views: that the method drafts with; what they need is resident.
+        table: whether the embedding table is resident; else rows of it are read when their tokens occur.
     """
 
     front: int = 0
@@ -131,6 +135,7 @@ class Demand:
     compute_itemsize: int = 4
     interpreter_bytes: int = 0
     views: tuple[View, ...] = ()
+    table: bool = False
 
     def keeps(self, piece: Piece) -> bool:
         """Whether `piece` must be resident: drafting multiplies by it."""
@@ -149,6 +154,7 @@ class MemoryPlan:
         streamed: pieces read once per target pass, in the order of use.
         ring_bytes: 0 where nothing is streamed.
         charges: what each part of memory was charged with; sums to at most the budget.
+        sizes: of the model.
     """
 
     demand: Demand
@@ -159,11 +165,22 @@ class MemoryPlan:
     ring_bytes: int
     streamed_bytes: int
     charges: tuple[tuple[str, int], ...] = field(default=())
+    sizes: ModelSizes | None = None
 
     @property
     def charged(self) -> int:
         """Bytes charged in all."""
         return sum(nbytes for _, nbytes in self.charges)
+
+    def activations(self, positions: int, nodes: int) -> int:
+        """What the passes of an answer hold beside weights and caches, at most."""
+        return 0 if self.sizes is None else activation_bytes(self.sizes, replace(self.demand, positions=positions, nodes=nodes))
+
+    def grant(self, piece: Piece) -> str:
+        """What a resident piece is charged to."""
+        if not self.streamed:
+            return ALL
+        return front_name(self.demand) if self.demand.keeps(piece) else BEHIND
 
     @property
     def holds_sublayers(self) -> bool:
@@ -187,7 +204,7 @@ def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, cov
     total = resident_bytes(used, covers)
     limit = float("inf") if budget_bytes is None else budget_bytes
     if demand.pinning and sum(nbytes for _, nbytes in fixed) + total <= limit:
-        return MemoryPlan(demand, budget_bytes, covers, frozenset(used), (), 0, 0, (*fixed, ("all layers", total)))
+        return MemoryPlan(demand, budget_bytes, covers, frozenset(used), (), 0, 0, (*fixed, (ALL, total)), sizes)
     front = [piece for piece in used if demand.keeps(piece)]
     behind = [piece for piece in used if not demand.keeps(piece)]
     ring = ring_bytes(behind, demand)
@@ -200,10 +217,7 @@ def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, cov
     streamed = tuple(piece for piece in behind if piece not in extra)
     charges = tuple((name, nbytes) for name, nbytes in (*needed, (BEHIND, resident_bytes(extra, covers))) if nbytes)
     streamed_bytes = sum(piece.nbytes for piece in streamed)
-    return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, streamed_bytes, charges)
-
-
-BEHIND = "pinned behind the front"
+    return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, streamed_bytes, charges, sizes)
 
 
 def front_name(demand: Demand) -> str:
@@ -220,6 +234,7 @@ def fixed_charges(sizes: ModelSizes, demand: Demand, covers: str) -> list[tuple[
     """What every plan holds, whatever is streamed."""
     weights = [
         ("lm_head", held(sizes.lm_head_bytes, covers)),
+        ("embedding table", held(sizes.table_bytes, covers) if demand.table else 0),
         ("norms and biases", (sizes.layers + 1) * sizes.other_layer_bytes),
         ("adapters", demand.adapters * sizes.adapter_bytes),
     ]
@@ -245,18 +260,27 @@ def rotary_bytes(sizes: ModelSizes, demand: Demand) -> int:
 
 
 def activation_bytes(sizes: ModelSizes, demand: Demand) -> int:
-    """An upper estimate of everything else that a pass holds: states, attention over the whole cache, logits of all nodes, sampling."""
-    rows = max(demand.nodes, min(PREFILL_ROWS, demand.positions))
-    slots = demand.positions + demand.nodes
-    per_row = 10 * sizes.hidden + 6 * sizes.intermediate + 2 * slots
-    prompt = 2 * demand.positions * sizes.hidden  # all of a prompt goes through a layer before the next one
-    states = demand.compute_itemsize * (rows * per_row + 4 * slots * sizes.hidden + prompt)
-    return states + (demand.nodes + 1) * sizes.vocab * (demand.compute_itemsize + SAMPLING_BYTES)
+    """What passes hold beside weights and caches, at most: reading the prompt in groups of rows, or a step over all nodes.
+
+    A group holds states and queries (up to ten widths), three intermediates of the MLP, and a mask over the cache, made from a truth
+    value per entry; grouped heads repeat the keys and values of the whole cache. Of a prompt all states stay, while they are embedded
+    twice. A step holds the logits of its nodes, thrice, and what sampling takes; reading the prompt those of one row.
+    """
+    itemsize, slots = demand.compute_itemsize, demand.positions + demand.nodes
+    per_row = itemsize * (10 * sizes.hidden + 3 * sizes.intermediate + slots) + slots
+    repeated = 2 * slots * sizes.hidden * itemsize if sizes.kv_width < sizes.hidden else 0
+    per_logits = sizes.vocab * (3 * itemsize + SAMPLING_BYTES)
+    prompt = 2 * demand.positions * sizes.hidden * itemsize + min(PREFILL_ROWS, demand.positions) * per_row + per_logits
+    step = demand.nodes * (per_row + per_logits + (1 + demand.adapters) * sizes.hidden * itemsize)
+    return repeated + max(prompt, step)
 
 
 def ring_bytes(pieces: Iterable[Piece], demand: Demand) -> int:
-    """Bytes of the ring: so many of the largest window that may pass through it."""
-    return demand.ring_buffers * max((window(piece.nbytes) for piece in pieces), default=0)
+    """Bytes of the ring: so many of the windows of the matrix that takes most of it."""
+    sizes: dict[tuple[int, str], int] = {}
+    for piece in pieces:
+        sizes[piece.layer, piece.matrix] = sizes.get((piece.layer, piece.matrix), 0) + window(piece.nbytes)
+    return demand.ring_buffers * max(sizes.values(), default=0)
 
 
 def window(nbytes: int) -> int:

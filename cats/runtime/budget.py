@@ -1,6 +1,8 @@
 """The ledger of a memory budget: what each part was granted, what it has taken. It refuses; it never warns."""
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import psutil
 
@@ -11,27 +13,66 @@ GROWTH = 96_000_000
 """Bytes granted to the interpreter beyond what it holds before loading: threads, work spaces of matrix libraries, code paged in later."""
 
 
+LIBRARIES = "interpreter and libraries"
+
+
+def mapped_bytes() -> int:
+    """What this process holds of mapped files: the code of its libraries, as far as it has been used; 0 where the system does not say."""
+    return int(getattr(psutil.Process().memory_info(), "shared", 0))
+
+
+LARGE = 1 << 20
+"""Bytes from which a block of memory is had from the system and given back to it, where the C library can be told."""
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's mallopt."""
+
+
+def give_back_freed_memory() -> None:
+    """Let the process hold what is in use: glibc otherwise keeps up to 64 MB of what was freed, which no ledger can know."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(MMAP_THRESHOLD, LARGE)
+        library.mallopt(TRIM_THRESHOLD, LARGE)
+        library.malloc_trim(0)
+
+
 def interpreter_bytes() -> int:
     """What this process holds now, libraries included, and what it will still grow by itself."""
     return int(psutil.Process().memory_info().rss) + GROWTH
 
 
 class Ledger:
-    """Grants by name, from a plan, and what was taken of each."""
+    """Grants by name, from a plan, and what is taken of each."""
 
     def __init__(self, plan: MemoryPlan):
         self.plan = plan
         self.granted = dict(plan.charges)
         self.taken: dict[str, int] = {}
+        self._mapped = mapped_bytes()
+        self.charge(LIBRARIES, plan.demand.interpreter_bytes and plan.demand.interpreter_bytes - GROWTH)
 
     def charge(self, name: str, nbytes: int) -> None:
-        """Take `nbytes` of what `name` was granted; raises `CatsError` where that is exceeded."""
+        """Take `nbytes` of what `name` was granted (below 0: give them back); raises `CatsError` where that is exceeded.
+
+        What a budget of weights does not count is noted, and has no limit.
+        """
         taken = self.taken.get(name, 0) + nbytes
-        if self.plan.budget_bytes is not None and taken > self.granted.get(name, 0):
+        limited = self.plan.budget_bytes is not None and (self.plan.covers == "process" or name in self.granted)
+        if limited and taken > self.granted.get(name, 0):
             raise CatsError(
-                f"{name} would take {amount(taken)} and the memory plan grants {amount(self.granted.get(name, 0))}; raise --memory-budget."
+                f"{name} would take {amount(taken)} and the memory plan grants {amount(self.granted.get(name, 0))}; "
+                "give a larger memory budget."
             )
         self.taken[name] = taken
+
+    @property
+    def total(self) -> int:
+        """What is taken now, libraries included as far as they are paged in."""
+        return sum(self.taken.values()) + max(0, mapped_bytes() - self._mapped)
+
+    def holder(self, name: str) -> Callable[[int], None]:
+        """Something that charges what it is told to `name`."""
+        return partial(self.charge, name)
 
     def lines(self) -> list[str]:
         """The ledger as a table: granted and, where an allocation was charged, taken; bytes of the stream; the process as it is now."""
@@ -43,8 +84,8 @@ class Ledger:
         rows.append(("streamed per target pass", amount(plan.streamed_bytes), ""))
         if plan.streamed:
             rows.append(("streams per prompt", "1" if plan.holds_sublayers else f"1 every {PREFILL_ROWS} tokens", ""))
-        memory = psutil.Process().memory_info()
-        rows.append(("the process holds now", amount(int(memory.rss)), ""))
+        rows.append(("taken in all", "", amount(self.total)))
+        rows.append(("the process holds now", "", amount(int(psutil.Process().memory_info().rss))))
         return aligned(rows)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -32,6 +32,8 @@ from cats.runtime.link import Link
 
 POLL_SECONDS = 0.2
 """How often a wait looks whether the reader is still alive."""
+COPY_SECONDS = 0.0005
+"""How often it is looked whether a device has copied what it was to copy."""
 JOIN_SECONDS = 5.0
 """How long closing waits for a request that the device does not answer."""
 MOST_EVENTS = 100_000
@@ -50,6 +52,14 @@ class Streamed:
         """As errors name it: "layer 7, mlp.up_proj"."""
         found = re.search(r"(?:^|\.)layers\.(\d+)\.(.+?)(?:\.weight)?$", self.name)
         return f"layer {found[1]}, {found[2]}" if found else self.name
+
+
+class Arrival(Protocol):
+    """A copy out of the ring, under way on a device (`torch.cuda.Event`)."""
+
+    def query(self) -> bool:
+        """Whether it is over."""
+        ...
 
 
 class Event(NamedTuple):
@@ -71,6 +81,7 @@ class Slot:
     filled: int = 0
     ready: bool = False
     dropped: bool = False
+    busy: "Arrival | None" = None
 
 
 class Ring:
@@ -241,6 +252,15 @@ class Streamer:
             self._kept = None
             self._release()
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a `keeping` block is open."""
+        return self._kept is not None
+
+    def busy_until(self, copied: Arrival) -> None:
+        """Keep the place of the tensor taken last until a device has copied it, also when its block has ended."""
+        self._held[-1].busy = copied
+
     def _take(self, name: str) -> torch.Tensor:
         """Wait for a tensor, behind those that are held."""
         index = self._indices[name]
@@ -281,6 +301,7 @@ class _Reader:
         self._ring = Ring(ring_bytes)
         self._changed = threading.Condition()
         self._next = 0
+        self._leaving = 0
         self._paused = False
         self._error: str | None = None
         self._closed = False
@@ -291,7 +312,7 @@ class _Reader:
         dead thread."""
         with self._changed:
             self.go_to(index, held)
-            while not (len(self._ring.slots) > held and self._ring.slots[held].ready) or self._closed:
+            while (slot := self._slot(held)) is None or not slot.ready or self._closed:
                 if self._closed:
                     raise CatsError(f"the weights' reader was closed before {self.order[index].what} was read; load the model again.")
                 if self._error is not None:
@@ -302,7 +323,12 @@ class _Reader:
                 elif not self._thread.is_alive():
                     raise self._death(index)
                 self._changed.wait(POLL_SECONDS)
-            return self._ring.slots[held]
+            return slot
+
+    def _slot(self, held: int) -> Slot | None:
+        """The oldest slot behind those that are leaving and `held` others."""
+        place = self._leaving + held
+        return self._ring.slots[place] if len(self._ring.slots) > place else None
 
     def make_room(self, indices: Sequence[int]) -> None:
         """Let the ring hold all of these tensors at once, the first of which is to be taken next. What was read of them may be moved."""
@@ -311,13 +337,13 @@ class _Reader:
             raise RuntimeError(f"a ring of {self.arena.nbytes} bytes cannot hold {sum(lengths)} at once")
         with self._changed:
             self.go_to(indices[0], 0)
-            if self._ring.can_take(lengths[len(self._ring.slots) :]):
+            if self._ring.can_take(lengths[len(self._ring.slots) - self._leaving :]):
                 return
             self._paused = True
             try:
-                while not all(slot.ready for slot in self._ring.slots) and not self._over:
-                    self._changed.wait(POLL_SECONDS)
-                if not self._over:
+                while not (self._reclaimed() and all(slot.ready for slot in self._ring.slots)) and not self._over:
+                    self._changed.wait(COPY_SECONDS if self._leaving else POLL_SECONDS)
+                if not self._over and self._ring.slots:
                     self.arena.move(*self._ring.close_gap())
             finally:
                 self._paused = False
@@ -329,16 +355,25 @@ class _Reader:
         return self._closed or self._error is not None or self._thread is None or not self._thread.is_alive()
 
     def release(self, slot: Slot) -> None:
-        """The consumer is done with the oldest slot."""
+        """The consumer is done with the oldest slot, a device perhaps not yet."""
         with self._changed:
-            if self._ring.slots and self._ring.slots[0] is slot:
-                self._ring.slots.popleft()
+            if self._slot(0) is slot:
+                self._leaving += 1
+                self._reclaimed()
             self._changed.notify_all()
+
+    def _reclaimed(self) -> bool:
+        """Forget the slots that are done with; whether there is none left that a device still copies."""
+        while self._leaving and ((busy := self._ring.slots[0].busy) is None or busy.query()):
+            self._ring.slots.popleft()
+            self._leaving -= 1
+        return self._leaving == 0
 
     def go_to(self, index: int, held: int) -> None:
         """Make tensor `index` the next one to be taken behind `held` others; if it is not already, what was read ahead is dropped."""
         with self._changed:
-            if index != (self._ring.slots[held].index if len(self._ring.slots) > held else self._next):
+            slot = self._slot(held)
+            if index != (self._next if slot is None else slot.index):
                 if held:
                     raise RuntimeError(f"{self.order[index].name} does not follow on what is in use")
                 self._drop_all()
@@ -347,10 +382,10 @@ class _Reader:
 
     def _drop_all(self) -> None:
         """A request under way is let finish, and counted as dropped when it has."""
-        for slot in self._ring.slots:
+        while len(self._ring.slots) > self._leaving:
+            slot = self._ring.slots.pop()
             slot.dropped = True
             self.bytes_discarded += slot.filled
-        self._ring.slots.clear()
 
     def check_files(self) -> None:
         """Notice files that were changed, replaced or cut short since they were opened: nothing read from them is of use then."""
@@ -391,11 +426,12 @@ class _Reader:
         with self._changed:
             while not self._closed and self._error is None:
                 length = window_bytes(self.order[self._next].place)
+                self._reclaimed()
                 slot = None if self._paused else self._ring.reserve(self._next, length)
                 if slot is not None:
                     self._next = (self._next + 1) % len(self.order)
                     return slot
-                self._changed.wait()
+                self._changed.wait(COPY_SECONDS if self._leaving else None)
                 self.link.rest()
         return None
 

@@ -1,0 +1,247 @@
+"""Loading a base model: one way for every budget. Without one, the plan is that everything is resident.
+
+Reads the configuration, looks where the tensors lie, plans, builds the model on the meta device and fills it, piece by piece.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from cats.adapter import AdapterModel
+from cats.checkpoint import UNUSED_ENTRIES, TensorForm, TensorPlace, check_tensors, each_tensor, locate_tensors, tensor_forms
+from cats.config import MemoryOptions
+from cats.dtypes import compute_dtype, held_dtype, narrowest
+from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
+from cats.embedding import Embedding, EmbeddingRows
+from cats.errors import CatsError
+from cats.families import family_of, usable_context
+from cats.kv_cache import head_dim
+from cats.linear import WorkSpace, replace_projections, work_bytes
+from cats.planning.plan import Demand, ModelSizes, Piece, plan_memory
+from cats.runtime.store import Store
+from cats.weight import Weight, kind_of
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+Form = TensorForm | TensorPlace
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model on disk, looked at but not read.
+
+    Attributes:
+        forms: of the tensors that the model takes, by name; with tied embeddings the head stands for the table.
+        pieces: of the layers, in the order of the exact pass, with their names on disk.
+        weight: the kind of the layers' matrices.
+        held, compute: see cats/dtypes.py.
+    """
+
+    directory: Path
+    config: PretrainedConfig
+    forms: Mapping[str, Form]
+    pieces: Mapping[Piece, str]
+    weight: Weight
+    held: torch.dtype
+    compute: torch.dtype
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding table are one tensor."""
+        return bool(self.config.tie_word_embeddings)
+
+    def resting(self, name: str) -> torch.dtype:
+        """The dtype in which the head or the table is resident."""
+        return narrowest(self.forms[name].dtype, self.held) if self.weight.sparing else self.held
+
+
+def load_base(
+    directory: str | Path,
+    dtype: str = "auto",
+    compute: str = "auto",
+    device: str | torch.device = "cpu",
+    memory: MemoryOptions | None = None,
+    adapters: Sequence[AdapterModel] = (),
+    interpreter: int = 0,
+) -> EarlyExitLlamaForCausalLM:
+    """Load a checkpoint, strictly; raises `CatsError` before anything large is read where it is damaged or cannot fit.
+
+    Args:
+        dtype, compute: held and compute dtype, by name or "auto".
+        memory: None: everything is resident, half precision upcast where `dtype` says so.
+        adapters: those that will be attached; the layers below the latest of their exits stay resident, since drafting and shallow
+            verification run on them.
+        interpreter: bytes that the process needs by itself.
+    """
+    device = torch.device(device)
+    config = read_config(directory)
+    for adapter in adapters:
+        if (adapter.exit_layer or 0) >= config.num_hidden_layers:
+            last = config.num_hidden_layers - 1
+            raise CatsError(f"an adapter reads exit {adapter.exit_layer}; exits of this base model are 1 to {last}.")
+    causal_lm = without_weights(config)
+    checkpoint = look_at(Path(directory), config, causal_lm, (dtype, compute), device, sparing=memory is not None)
+    asked, table = memory or MemoryOptions(), memory is None or device.type == "cuda"
+    demand = demand_of(asked, checkpoint, adapters, interpreter, table)
+    plan = plan_memory(sizes_of_checkpoint(checkpoint, adapters), demand, asked.budget_bytes, asked.covers)
+    places = {name: form for name, form in checkpoint.forms.items() if isinstance(form, TensorPlace)}
+    store = Store(plan, checkpoint.pieces, places, device, asked.flash_bandwidth)
+    work = WorkSpace(store.ledger.holder("work space"))
+    replace_projections(causal_lm, work)
+    fill(causal_lm, checkpoint, store, directly=memory is not None, table=table)
+    return EarlyExitLlamaForCausalLM(causal_lm, config, checkpoint.compute, store, work, checkpoint.held).eval()
+
+
+def without_weights(config: PretrainedConfig) -> Any:
+    """The model on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def checkpoint_of(directory: Path, dtypes: tuple[str, str], device: torch.device) -> Checkpoint:
+    """A checkpoint as a load under a budget sees it."""
+    config = read_config(directory)
+    return look_at(directory, config, without_weights(config), dtypes, device, sparing=True)
+
+
+def look_at(
+    directory: Path, config: PretrainedConfig, causal_lm: Any, dtypes: tuple[str, str], device: torch.device, sparing: bool
+) -> Checkpoint:
+    """The checkpoint, its tensors checked against those that the model takes."""
+    found: dict[str, Form] = dict(locate_tensors(directory) if sparing else tensor_forms(directory))
+    held = held_dtype(dtypes[0], config, found)
+    weight = kind_of(config, directory)(held, sparing)
+    if config.tie_word_embeddings and EMBEDDING in found:
+        found[HEAD] = found[EMBEDDING]
+    wanted = {name: tensor.shape for name, tensor in causal_lm.state_dict().items()}
+    pieces: dict[Piece, str] = {}
+    for layer in range(config.num_hidden_layers):
+        for matrix in family_of(config.model_type, str(directory)).matrices:
+            path = f"model.layers.{layer}.{matrix}"
+            shape = wanted.pop(f"{path}.weight")
+            for part, precisions in weight.parts.items():
+                name = weight.stored_as(part, path)
+                wanted[name] = weight.shape(part, shape)
+                if name in found:
+                    pieces[piece_of(layer, matrix, part, precisions, found[name], weight)] = name
+    shapes = {name: form.shape for name, form in found.items()}
+    names = check_tensors(wanted, shapes, f"the checkpoint in {directory}", UNUSED_ENTRIES)
+    compute = compute_dtype(dtypes[1], held, device)
+    return Checkpoint(directory, config, {name: found[name] for name in names}, pieces, weight, held, compute)
+
+
+def piece_of(layer: int, matrix: str, part: str, precisions: frozenset[str], form: Form, weight: Weight) -> Piece:
+    """A part of a matrix as the plan sees it."""
+    count = torch.Size(form.shape).numel()
+    return Piece(
+        layer, matrix, count * form.dtype.itemsize, count * weight.resting(part, form.dtype).itemsize, part, frozenset(precisions)
+    )
+
+
+def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[AdapterModel], interpreter: int, table: bool) -> Demand:
+    """What the run asks of memory."""
+    return Demand(
+        front=max((adapter.exit_layer or 0 for adapter in adapters), default=0),
+        adapters=len(adapters),
+        positions=min(memory.positions, usable_context(checkpoint.config)),
+        nodes=memory.nodes,
+        ring_buffers=memory.ring,
+        pinning=memory.pinning,
+        compute_itemsize=checkpoint.compute.itemsize,
+        interpreter_bytes=interpreter,
+        views=memory.views,
+        table=table and not checkpoint.tied,
+    )
+
+
+def sizes_of_checkpoint(checkpoint: Checkpoint, adapters: Sequence[AdapterModel]) -> ModelSizes:
+    """Sizes of a checkpoint, piece by piece."""
+    config, forms, compute = checkpoint.config, checkpoint.forms, checkpoint.compute
+    in_pieces = set(checkpoint.pieces.values())
+    multiplied = [form for name, form in forms.items() if name == HEAD or name in in_pieces]
+    small = [form for name, form in forms.items() if name.startswith("model.layers.0.") and name not in in_pieces]
+    dtypes = {form.dtype for form in multiplied} | {weight.dtype for adapter in adapters for weight in adapter.parameters()}
+    matrices: dict[str, int] = {}
+    for piece in checkpoint.pieces:
+        if piece.layer == 0:
+            matrices[piece.matrix] = matrices.get(piece.matrix, 0) + piece.nbytes
+    largest = max(numbers(form) for form in multiplied)
+    return ModelSizes(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        kv_width=config.num_key_value_heads * head_dim(config),
+        matrices=tuple(matrices.items()),
+        other_layer_bytes=sum(numbers(form) * compute.itemsize for form in small),
+        lm_head_bytes=numbers(forms[HEAD]) * checkpoint.resting(HEAD).itemsize,
+        adapter_bytes=max((adapter.bytes_in(compute) for adapter in adapters), default=0),
+        widen_bytes=work_bytes(largest, dtypes, checkpoint.held, compute),
+        rotary_numbers=usable_context(config) * head_dim(config),
+        stored=tuple(checkpoint.pieces),
+        table_bytes=numbers(forms[EMBEDDING]) * checkpoint.resting(EMBEDDING).itemsize,
+    )
+
+
+def numbers(form: Form) -> int:
+    """Elements of a tensor."""
+    return torch.Size(form.shape).numel()
+
+
+def fill(causal_lm: Any, checkpoint: Checkpoint, store: Store, directly: bool, table: bool) -> None:
+    """Make resident what the plan says, tensor by tensor, and tell the rest of the projections how their parts come.
+
+    Args:
+        directly: read past the page cache; else as any program reads the checkpoint's files.
+        table: whether the embedding table is resident; else its rows are read when their tokens occur.
+    """
+    piece_named = {name: piece for piece, name in checkpoint.pieces.items()}
+    elsewhere = {name for name, piece in piece_named.items() if piece not in store.plan.pinned}
+    if checkpoint.tied or not table:
+        elsewhere.add(HEAD if checkpoint.tied else EMBEDDING)
+    wanted = [name for name in checkpoint.forms if name not in elsewhere]
+    direct = ((name, store.read(name)) for name in wanted)
+    for name, tensor in direct if directly else each_tensor(checkpoint.directory, set(wanted).__contains__):
+        if name in piece_named:
+            piece = piece_named[name]
+            resident = store.hold(piece, tensor, checkpoint.weight.resting(piece.part, tensor.dtype), copy=not directly)
+            if checkpoint.weight.parts.keys() == {piece.part}:
+                assign(causal_lm, name, resident)
+        elif name in (HEAD, EMBEDDING):
+            grant = "embedding table" if name == EMBEDDING and not checkpoint.tied else "lm_head"
+            assign(causal_lm, name, store.place(tensor, checkpoint.resting(name), grant, copy=not directly))
+        else:
+            assign(causal_lm, name, store.place(tensor.to(checkpoint.held), checkpoint.compute, "norms and biases", copy=True))
+    set_table(causal_lm, checkpoint, store, table)
+    open_projections(causal_lm, checkpoint, store)
+
+
+def assign(causal_lm: Any, name: str, tensor: torch.Tensor) -> None:
+    """Make the tensor the parameter of this name."""
+    owner, _, parameter = name.rpartition(".")
+    setattr(causal_lm.get_submodule(owner), parameter, nn.Parameter(tensor, requires_grad=False))
+
+
+def set_table(causal_lm: Any, checkpoint: Checkpoint, store: Store, table: bool) -> None:
+    """Give the model its embedding, which may be the head."""
+    if checkpoint.tied:
+        causal_lm.lm_head.weight = causal_lm.model.embed_tokens.weight
+    if checkpoint.tied or table:
+        causal_lm.model.embed_tokens = Embedding(causal_lm.model.embed_tokens.weight, checkpoint.compute)
+    else:
+        causal_lm.model.embed_tokens = EmbeddingRows(store.places[EMBEDDING], store, checkpoint.held, checkpoint.compute)
+
+
+def open_projections(causal_lm: Any, checkpoint: Checkpoint, store: Store) -> None:
+    """Give the projections whose matrix does not lie in memory as a whole what opens its parts."""
+    of_matrix: dict[tuple[int, str], list[Piece]] = {}
+    for piece in checkpoint.pieces:
+        of_matrix.setdefault((piece.layer, piece.matrix), []).append(piece)
+    for (layer, matrix), pieces in of_matrix.items():
+        projection = causal_lm.get_submodule(f"model.layers.{layer}.{matrix}")
+        if projection.weight.is_meta:
+            projection.kind, projection.open = checkpoint.weight, store.opener(pieces)
