@@ -119,7 +119,8 @@ def load(
     candidates = {name: located(place) for name, place in (adapters or {}).items()}
     places = {name: found[0] for name, found in candidates.items()}
     planned = None
-    if plan is not None and memory is not None and memory.budget_bytes is not None:
+    one_memory = memory is not None and memory.device_bytes is None  # what the planner knows
+    if plan is not None and memory is not None and memory.budget_bytes is not None and one_memory:
         planned = plan_load(Loading.read(directory, candidates, (dtype, compute_dtype), torch.device(device), memory), plan)
         places, memory = planned.adapters, planned.memory
     text = ModelText.from_pretrained(directory, template) if has_tokenizer(directory) else None

@@ -155,6 +155,7 @@ class MemoryOptions:
         positions: prompt and answer together, at most.
         nodes: nodes of a tree, root included, at most; a planned load grants what its method grows.
         views: other forms of the model that the method drafts with; what they multiply by is resident.
+        device_bytes: what may be taken of a CUDA device's own memory; `budget_bytes` then counts the host's. None: one memory for all.
     """
 
     budget_bytes: int | None = None
@@ -165,6 +166,7 @@ class MemoryOptions:
     positions: int = 2048
     nodes: int = 1
     views: tuple[View, ...] = ()
+    device_bytes: int | None = None
 
     def __post_init__(self) -> None:
         require(self.covers in ("process", "weights"), f"budget-covers is {self.covers!r}; it must be process or weights.")

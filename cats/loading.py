@@ -87,7 +87,8 @@ def load_base(
     checkpoint = look_at(Path(directory), config, causal_lm, (dtype, compute), device, sparing=memory is not None)
     asked, table = memory or MemoryOptions(), memory is None or device.type == "cuda"
     demand = demand_of(asked, checkpoint, adapters, interpreter, table)
-    plan = plan_memory(sizes_of_checkpoint(checkpoint, adapters), demand, asked.budget_bytes, asked.covers)
+    check_device(asked, device)
+    plan = plan_memory(sizes_of_checkpoint(checkpoint, adapters), demand, asked.budget_bytes, asked.covers, asked.device_bytes)
     places = {name: form for name, form in checkpoint.forms.items() if isinstance(form, TensorPlace)}
     store = Store(plan, checkpoint.pieces, places, device, asked.flash_bandwidth)
     work = WorkSpace(store.ledger.holder("work space"))
@@ -106,6 +107,12 @@ def checkpoint_of(directory: Path, dtypes: tuple[str, str], device: torch.device
     """A checkpoint as a load under a budget sees it."""
     config = read_config(directory)
     return look_at(directory, config, without_weights(config), dtypes, device, sparing=True)
+
+
+def check_device(asked: MemoryOptions, device: torch.device) -> None:
+    """Raise `CatsError` where memory is asked for that the device has not."""
+    if asked.device_bytes is not None and device.type != "cuda":
+        raise CatsError(f"device_bytes limits a CUDA device's own memory, and the device is {device}; give budget_bytes alone.")
 
 
 def look_at(
@@ -200,7 +207,7 @@ def fill(causal_lm: Any, checkpoint: Checkpoint, store: Store, directly: bool, t
         table: whether the embedding table is resident; else its rows are read when their tokens occur.
     """
     piece_named = {name: piece for piece, name in checkpoint.pieces.items()}
-    elsewhere = {name for name, piece in piece_named.items() if piece not in store.plan.pinned}
+    elsewhere = {name for name, piece in piece_named.items() if piece not in store.plan.pinned | store.plan.hosted}
     if checkpoint.tied or not table:
         elsewhere.add(HEAD if checkpoint.tied else EMBEDDING)
     wanted = [name for name in checkpoint.forms if name not in elsewhere]
@@ -208,6 +215,9 @@ def fill(causal_lm: Any, checkpoint: Checkpoint, store: Store, directly: bool, t
     for name, tensor in direct if directly else each_tensor(checkpoint.directory, set(wanted).__contains__):
         if name in piece_named:
             piece = piece_named[name]
+            if piece in store.plan.hosted:
+                store.host(piece, tensor)
+                continue
             resident = store.hold(piece, tensor, checkpoint.weight.resting(piece.part, tensor.dtype), copy=not directly)
             if checkpoint.weight.parts.keys() == {piece.part}:
                 assign(causal_lm, name, resident)

@@ -18,7 +18,9 @@ PREFILL_ROWS = 512
 SAMPLING_BYTES = 32
 """What choosing a token takes per logit, at most: sampling with top-p sorts probabilities in float32, with indices of 8 bytes."""
 EXACT_PRECISION = "exact"
-ALL, BEHIND = "all layers", "pinned behind the front"
+ALL, BEHIND, HOSTED, LIBRARIES = "all layers", "pinned behind the front", "weights in host memory", "interpreter and libraries"
+STAGING_PLACES = 2
+"""On a device, for pieces that are copied there in every pass."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class MemoryPlan:
         ring_bytes: 0 where nothing is streamed.
         charges: what each part of memory was charged with; sums to at most the budget.
         sizes: of the model.
+        hosted: pieces held in host memory and copied to a device with memory of its own in every pass.
+        device_charges: what each part of that device's memory was charged with; none where there is one memory for everything.
     """
 
     demand: Demand
@@ -166,6 +170,8 @@ class MemoryPlan:
     streamed_bytes: int
     charges: tuple[tuple[str, int], ...] = field(default=())
     sizes: ModelSizes | None = None
+    hosted: frozenset[Piece] = frozenset()
+    device_charges: tuple[tuple[str, int], ...] = ()
 
     @property
     def charged(self) -> int:
@@ -178,7 +184,9 @@ class MemoryPlan:
 
     def grant(self, piece: Piece) -> str:
         """What a resident piece is charged to."""
-        if not self.streamed:
+        if piece in self.hosted:
+            return HOSTED
+        if not self.streamed and not self.hosted:
             return ALL
         return front_name(self.demand) if self.demand.keeps(piece) else BEHIND
 
@@ -195,10 +203,18 @@ class MemoryPlan:
         return 1 if self.holds_sublayers else groups
 
 
-def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, covers: str = "process") -> MemoryPlan:
-    """The plan that keeps the most within `budget_bytes` (None: everything); raises `BudgetError` where the demand does not fit."""
+def plan_memory(
+    sizes: ModelSizes, demand: Demand, budget_bytes: int | None, covers: str = "process", device_bytes: int | None = None
+) -> MemoryPlan:
+    """The plan that keeps the most within `budget_bytes` (None: everything); raises `BudgetError` where the demand does not fit.
+
+    Args:
+        device_bytes: what may be taken of a device's own memory, beside which `budget_bytes` counts the host's; None: one memory for all.
+    """
     if covers not in COVERS:
         raise CatsError(f"a budget covers {' or '.join(COVERS)}, not {covers!r}.")
+    if device_bytes is not None:
+        return plan_two_memories(sizes, demand, budget_bytes, covers, device_bytes)
     fixed = fixed_charges(sizes, demand, covers)
     used = [piece for piece in sizes.pieces if demand.keeps(piece) or EXACT.needs(piece)]
     total = resident_bytes(used, covers)
@@ -220,6 +236,40 @@ def plan_memory(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, cov
     return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, streamed_bytes, charges, sizes)
 
 
+def plan_two_memories(sizes: ModelSizes, demand: Demand, budget_bytes: int | None, covers: str, device_bytes: int) -> MemoryPlan:
+    """Host and device as two accounts: what computing needs is on the device, and as many pieces as it holds.
+
+    The others are copied there in every pass: from host memory what that holds, through the ring what it does not.
+    """
+    used = [piece for piece in sizes.pieces if demand.keeps(piece) or EXACT.needs(piece)]
+    front, behind = [piece for piece in used if demand.keeps(piece)], [piece for piece in used if not demand.keeps(piece)]
+    fixed = fixed_charges(sizes, demand, "process")
+    host = [(name, nbytes) for name, nbytes in fixed if name == LIBRARIES and covers == "process"]
+    needed = [*((name, nbytes) for name, nbytes in fixed if name != LIBRARIES), (front_name(demand), sum(piece.held for piece in front))]
+    if demand.pinning and sum(nbytes for _, nbytes in needed) + sum(piece.held for piece in behind) <= device_bytes:
+        everything = (*needed[:-1], (ALL, sum(piece.held for piece in used)))
+        return MemoryPlan(demand, budget_bytes, covers, frozenset(used), (), 0, 0, tuple(host), sizes, frozenset(), everything)
+    needed.append(("staging", STAGING_PLACES * max(piece.nbytes for piece in behind)))
+    left = device_bytes - sum(nbytes for _, nbytes in needed)
+    if left < 0:
+        raise BudgetError(refusal(sizes, demand, device_bytes, covers, needed, "the device's memory needs"))
+    extra = spread([(piece, piece.held) for piece in behind], left if demand.pinning else 0)
+    others = [piece for piece in behind if piece not in extra]
+    limit = (float("inf") if budget_bytes is None else budget_bytes) - sum(nbytes for _, nbytes in host)
+    ring, hosted = 0, frozenset(others)
+    if not demand.pinning or sum(held(piece.nbytes, covers) for piece in others) > limit:
+        ring = ring_bytes(others, demand)
+        if arena(ring, covers) > limit:
+            raise BudgetError(refusal(sizes, demand, budget_bytes or 0, covers, [*host, ("ring", arena(ring, covers))]))
+        room = int(limit) - arena(ring, covers) if demand.pinning else 0
+        hosted = spread([(piece, held(piece.nbytes, covers)) for piece in others], room)
+    streamed = tuple(piece for piece in others if piece not in hosted)
+    charges = (*host, (HOSTED, sum(held(piece.nbytes, covers) for piece in hosted)), ("ring", arena(ring, covers)))
+    device = (*needed, (BEHIND, sum(piece.held for piece in extra)))
+    moved = sum(piece.nbytes for piece in streamed)
+    return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, moved, charges, sizes, hosted, device)
+
+
 def front_name(demand: Demand) -> str:
     """What the ledger calls the pieces that drafting needs."""
     return f"layers [0, {demand.front})" + (" and draft views" if demand.views else "")
@@ -239,7 +289,7 @@ def fixed_charges(sizes: ModelSizes, demand: Demand, covers: str) -> list[tuple[
         ("adapters", demand.adapters * sizes.adapter_bytes),
     ]
     working = [
-        ("interpreter and libraries", demand.interpreter_bytes),
+        (LIBRARIES, demand.interpreter_bytes),
         ("work space", sizes.widen_bytes),
         ("rotary tables", rotary_bytes(sizes, demand)),
         ("KV caches", kv_bytes(sizes, demand)),
@@ -317,10 +367,12 @@ def spread(pieces: list[tuple[Piece, int]], room: int) -> frozenset[Piece]:
     return frozenset(chosen)
 
 
-def refusal(sizes: ModelSizes, demand: Demand, budget_bytes: int, covers: str, needed: list[tuple[str, int]]) -> str:
+def refusal(
+    sizes: ModelSizes, demand: Demand, budget_bytes: int, covers: str, needed: list[tuple[str, int]], what: str | None = None
+) -> str:
     """The sentence of a budget that is too small."""
     parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in sorted(needed, key=lambda entry: -entry[1]) if nbytes)
-    what = "the whole process needs" if covers == "process" else "the weights need"
+    what = what or ("the whole process needs" if covers == "process" else "the weights need")
     needs = amount(sum(nbytes for _, nbytes in needed)) + (f" with layers [0, {demand.front}) resident" if demand.front else "")
     advice = "raise --memory-budget"
     if demand.front:

@@ -7,13 +7,10 @@ from functools import partial
 import psutil
 
 from cats.errors import CatsError
-from cats.planning.plan import PREFILL_ROWS, MemoryPlan, amount
+from cats.planning.plan import LIBRARIES, PREFILL_ROWS, MemoryPlan, amount
 
 GROWTH = 96_000_000
 """Bytes granted to the interpreter beyond what it holds before loading: threads, work spaces of matrix libraries, code paged in later."""
-
-
-LIBRARIES = "interpreter and libraries"
 
 
 def mapped_bytes() -> int:
@@ -46,7 +43,8 @@ class Ledger:
 
     def __init__(self, plan: MemoryPlan):
         self.plan = plan
-        self.granted = dict(plan.charges)
+        self.granted = dict(plan.charges) | dict(plan.device_charges)
+        self._on_device = {name for name, _ in plan.device_charges}
         self.taken: dict[str, int] = {}
         self._mapped = mapped_bytes()
         self.charge(LIBRARIES, plan.demand.interpreter_bytes and plan.demand.interpreter_bytes - GROWTH)
@@ -57,7 +55,8 @@ class Ledger:
         What a budget of weights does not count is noted, and has no limit.
         """
         taken = self.taken.get(name, 0) + nbytes
-        limited = self.plan.budget_bytes is not None and (self.plan.covers == "process" or name in self.granted)
+        counted = self.plan.budget_bytes is not None and (self.plan.covers == "process" or name in self.granted)
+        limited = name in self._on_device or counted
         if limited and taken > self.granted.get(name, 0):
             raise CatsError(
                 f"{name} would take {amount(taken)} and the memory plan grants {amount(self.granted.get(name, 0))}; "
@@ -67,8 +66,9 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """What is taken now, libraries included as far as they are paged in."""
-        return sum(self.taken.values()) + max(0, mapped_bytes() - self._mapped)
+        """What is taken of host memory now, libraries included as far as they are paged in."""
+        taken = sum(nbytes for name, nbytes in self.taken.items() if name not in self._on_device)
+        return taken + max(0, mapped_bytes() - self._mapped)
 
     def holder(self, name: str) -> Callable[[int], None]:
         """Something that charges what it is told to `name`."""
@@ -79,7 +79,9 @@ class Ledger:
         plan = self.plan
         limit = "no limit" if plan.budget_bytes is None else f"{amount(plan.budget_bytes)} for {scope(plan.covers)}"
         rows = [("memory budget", limit, "")]
-        rows += [(name, amount(nbytes), amount(self.taken[name]) if name in self.taken else "") for name, nbytes in plan.charges]
+        for name, nbytes in (*plan.charges, *plan.device_charges):
+            label = f"{name}, device" if name in self._on_device else name
+            rows.append((label, amount(nbytes), amount(self.taken[name]) if name in self.taken else ""))
         rows.append(("granted in all", amount(plan.charged), ""))
         rows.append(("streamed per target pass", amount(plan.streamed_bytes), ""))
         if plan.streamed:

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 import torch
 
 from cats.errors import CatsError
+from cats.planning.plan import STAGING_PLACES
 from cats.runtime.arena import Arena
-
-SLOTS = 2
 
 
 class Staging:
@@ -23,27 +22,16 @@ class Staging:
         nbytes: of device memory, for all places.
     """
 
-    def __init__(self, device: torch.device, largest: int, arena: Arena):
-        """Reserve the places and register (page-lock) the host memory that is copied from.
-
-        Args:
-            largest: bytes of the largest piece.
-            arena: of the ring.
-        """
-        self.device, self.nbytes = device, SLOTS * largest
-        self._places = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self._used = [torch.cuda.Event() for _ in range(SLOTS)]
+    def __init__(self, device: torch.device, largest: int):
+        """Reserve the places, each of `largest` bytes."""
+        self.device, self.nbytes = device, STAGING_PLACES * largest
+        self._places = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(STAGING_PLACES)]
+        self._used = [torch.cuda.Event() for _ in range(STAGING_PLACES)]
         self._stream, self._next = torch.cuda.Stream(device), 0
-        address = arena.tensor(0, torch.uint8, (1,)).data_ptr()
-        status = torch.cuda.cudart().cudaHostRegister(address, arena.nbytes, 0)
-        if int(status) != 0:
-            raise CatsError(f"CUDA could not register {arena.nbytes} bytes of host memory (error {int(status)}); use a smaller ring.")
-        weakref.finalize(self, unregister, address, arena)
-
     @contextmanager
     def copied(self, weight: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.cuda.Event]]:
         """A copy on the device for the products queued inside the block, and the event of its arrival."""
-        place, self._next = self._next, (self._next + 1) % SLOTS
+        place, self._next = self._next, (self._next + 1) % STAGING_PLACES
         copy = self._places[place][: weight.nbytes].view(weight.dtype).view(weight.shape)
         arrived = torch.cuda.Event()
         products = torch.cuda.current_stream(self.device)
@@ -58,6 +46,10 @@ class Staging:
             self._used[place].record(products)
 
 
-def unregister(address: int, arena: Arena) -> None:
-    """End the registration of the arena, which must live until then: a later mapping at its address could not be registered."""
-    torch.cuda.cudart().cudaHostUnregister(address)
+def register(arena: Arena) -> None:
+    """Page-lock host memory that is copied from."""
+    address = arena.tensor(0, torch.uint8, (1,)).data_ptr()
+    status = torch.cuda.cudart().cudaHostRegister(address, arena.nbytes, 0)
+    if int(status) != 0:
+        raise CatsError(f"CUDA could not register {arena.nbytes} bytes of host memory (error {int(status)}); use a smaller ring.")
+    weakref.finalize(arena, torch.cuda.cudart().cudaHostUnregister, address)

@@ -19,7 +19,7 @@ from cats.runtime.arena import Arena
 from cats.runtime.budget import Ledger, give_back_freed_memory
 from cats.runtime.direct_file import DirectFile, read_tensor_into, window_bytes
 from cats.runtime.link import Link, check_rate, measure_read_rate
-from cats.runtime.staging import Staging
+from cats.runtime.staging import Staging, register
 from cats.runtime.streamer import Streamed, Streamer
 
 AT_ONCE = nullcontext()
@@ -63,11 +63,16 @@ class Store:
         self._staging: Staging | None = None
         self._files: dict[Path, DirectFile] = {}
         self._resident: dict[Piece, torch.Tensor] = {}
+        self._hosted: dict[Piece, torch.Tensor] = {}
         self._running = threading.RLock()
         self._fit = {EXACT}
         self._sublayers: dict[tuple[int, str], list[str]] = {}
         for piece in self.plan.streamed:
             self._sublayers.setdefault(piece.sublayer, []).append(self.names[piece])
+        copied = [*self.plan.streamed, *self.plan.hosted]
+        if copied and self._staged():
+            self._staging = Staging(self.device, max(piece.nbytes for piece in copied))
+            self.ledger.charge("staging", self._staging.nbytes)
         if self.plan.streamed:
             self._open_stream(flash_bandwidth)
         elif flash_bandwidth is not None:
@@ -76,15 +81,18 @@ class Store:
                 "leave it out, or lower the budget."
             )
 
+    def _staged(self) -> bool:
+        """Whether products are made elsewhere than where the ring is."""
+        return self.device.type == "cuda"
+
     def _open_stream(self, flash_bandwidth: float | None) -> None:
         order = [Streamed(self.names[piece], self.places[self.names[piece]]) for piece in self.plan.streamed]
         if flash_bandwidth is not None:
             check_rate(flash_bandwidth, measure_read_rate(order[0].place.path))
         self.streamer = Streamer(order, self.plan.ring_bytes, Link(flash_bandwidth))
         self.ledger.charge("ring", self.plan.ring_bytes)
-        if self.device.type == "cuda":
-            self._staging = Staging(self.device, max(streamed.place.nbytes for streamed in order), self.streamer.arena)
-            self.ledger.charge("staging", self._staging.nbytes)
+        if self._staged():
+            register(self.streamer.arena)
 
     @property
     def bytes_taken(self) -> int:
@@ -134,10 +142,16 @@ class Store:
         self._resident[piece] = self.place(tensor, dtype, self.plan.grant(piece), copy)
         return self._resident[piece]
 
+    def host(self, piece: Piece, tensor: torch.Tensor) -> None:
+        """Keep a piece in page-locked host memory, as stored, to be copied to the device in every pass."""
+        self.ledger.charge(self.plan.grant(piece), held(tensor.nbytes, self.plan.covers))
+        self._hosted[piece] = tensor.pin_memory()
+
     def place(self, tensor: torch.Tensor, dtype: torch.dtype, grant: str, copy: bool) -> torch.Tensor:
         """The tensor on the compute device in `dtype`, charged to `grant`; itself where it is that already, unless `copy` says no."""
         nbytes = tensor.numel() * dtype.itemsize
-        self.ledger.charge(grant, nbytes if copy else held(nbytes, self.plan.covers))
+        exact = copy or bool(self.plan.device_charges)
+        self.ledger.charge(grant, nbytes if exact else held(nbytes, self.plan.covers))
         return tensor.to(self.device, dtype, copy=copy)
 
     def read(self, name: str) -> torch.Tensor:
@@ -155,10 +169,10 @@ class Store:
 
     def check(self, view: View) -> None:
         """Raise `CatsError` where a view other than EXACT cannot run: it would draft with weights that are not resident."""
-        known = {precision for piece in (*self.plan.pinned, *self.plan.streamed) for precision in piece.precisions}
+        known = {precision for piece in (*self.plan.pinned, *self.plan.streamed, *self.plan.hosted) for precision in piece.precisions}
         if view.precision not in known | {EXACT.precision}:
             raise CatsError(f"the weights have no {view.precision} form to draft with; known are {', '.join(sorted(known))}.")
-        missing = next((piece for piece in self.plan.streamed if view.needs(piece)), None)
+        missing = next((piece for piece in (*self.plan.streamed, *self.plan.hosted) if view.needs(piece)), None)
         if missing is not None:
             raise CatsError(
                 f"a draft would need {missing.matrix} of layer {missing.layer}, which is streamed; only weights that are in memory draft: "
@@ -198,10 +212,15 @@ class Store:
             if not coming:
                 yield here
                 return
+            if len(coming) == 1:
+                with self._arriving(coming[0]) as weight:
+                    yield here | {coming[0].part: weight}
+                return
             with ExitStack() as stack:
-                if len(coming) > 1 and not self._stream.keeps:
-                    stack.enter_context(self._stream.keeping([self.names[piece] for piece in coming]))
-                yield here | {piece.part: stack.enter_context(self._arriving(self.names[piece])) for piece in coming}
+                names = [self.names[piece] for piece in coming if piece not in self._hosted]
+                if len(names) > 1 and not self._stream.keeps:
+                    stack.enter_context(self._stream.keeping(names))
+                yield here | {piece.part: stack.enter_context(self._arriving(piece)) for piece in coming}
 
         return opened
 
@@ -211,16 +230,18 @@ class Store:
             raise RuntimeError("nothing is streamed")
         return self.streamer
 
+    def _arriving(self, piece: Piece) -> AbstractContextManager[torch.Tensor]:
+        """A piece that is not resident, on the compute device, while it is being used."""
+        return self._stream.tensor(self.names[piece]) if self._staging is None else self._copied(piece, self._staging)
+
     @contextmanager
-    def _arriving(self, name: str) -> Iterator[torch.Tensor]:
-        """A streamed piece on the compute device, while it is being used."""
-        with self._stream.tensor(name) as weight:
-            if self._staging is None:
-                yield weight
-                return
-            with self._staging.copied(weight) as (copy, arrived):
+    def _copied(self, piece: Piece, staging: Staging) -> Iterator[torch.Tensor]:
+        hosted = self._hosted.get(piece)
+        with self._stream.tensor(self.names[piece]) if hosted is None else nullcontext(hosted) as weight, staging.copied(weight) as copied:
+            copy, arrived = copied
+            if hosted is None:
                 self._stream.busy_until(arrived)
-                yield copy
+            yield copy
 
     def close(self) -> None:
         """End the reader and close the files."""
