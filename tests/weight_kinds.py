@@ -45,7 +45,7 @@ def summed(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def doubled(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"exact": matrix, "coarse": matrix.bfloat16()}
+    return {"exact": matrix, "coarse": matrix.to(torch.bfloat16, copy=True)}
 
 
 SPLIT: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {"sum": summed, "copy": doubled}
