@@ -12,6 +12,7 @@ bytes and more:
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -23,8 +24,13 @@ from cats.checkpoint import CONFIG_FAULTS, load_strictly, tensor_forms
 from cats.dtypes import held_dtype, is_exact, narrowest
 from cats.errors import CatsError
 from cats.files import write_atomically
+from cats.kernels import compiled_layers, compiled_norm
 from cats.linear import WorkSpace, replace_projections
 from cats.rope import RopeTable
+from cats.rows import Rows
+
+if TYPE_CHECKING:
+    from cats.kernels.layers import CompiledLayers
 
 COPIED_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -87,6 +93,7 @@ class AdapterModel(nn.Module):
         self.config, self.exit_layer = config, exit_layer
         self.layers = nn.ModuleList([AdapterLayer(config)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.compiled: CompiledLayers | None = None
         self.cover_positions(config.max_position_embeddings)
 
     def cover_positions(self, context: int) -> None:
@@ -118,6 +125,24 @@ class AdapterModel(nn.Module):
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self._resting(parameter, dtype))
         replace_projections(self, work)
+
+    def compile(self, dtype: torch.dtype, beside: "CompiledLayers | None") -> None:
+        """From now on `read` runs compiled, where the kernels cover the layer; see `cats.kernels.compiled_layers`."""
+        self.compiled = compiled_layers(self.layers, self.config, dtype, beside)
+        if self.compiled is not None:
+            self.norm = compiled_norm(self.norm)
+
+    def read(self, rows: Rows) -> torch.Tensor:
+        """States [1, T, D] for the base's lm_head; the rows' keys and values go to their cache."""
+        if self.compiled is not None:
+            self.compiled.run(rows, 0, 1)
+        else:
+            layer: AdapterLayer = self.layers[0]  # type: ignore[assignment]
+            rows.attend(layer)
+            if layer.mlp is not None:
+                rows.transform(layer)
+        states: torch.Tensor = self.norm(rows.hidden_BTD)
+        return states
 
     def forward(
         self,

@@ -82,9 +82,7 @@ class CatsModel(MultiAdapterCATSModel):
             generation: fields of `GenerationConfig`.
         """
         text, config = self.text, GenerationConfig(**generation)  # type: ignore[arg-type]
-        found = engine.generate(
-            self, text.prompt_ids(messages), chosen_method(self, method), config, stop=text.stop(stop), on_step=on_step
-        )
+        found = engine.generate(self, text.prompt_ids(messages), chosen_method(self, method), config, stop=text.stop(stop), on_step=on_step)
         return Answer(found.ids, found.finish, found.traces, text.answer)
 
 

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from cats import kernels
 from cats.adapter import AdapterModel
 from cats.config import MemoryOptions
 from cats.earlyexit import EarlyExitLlamaForCausalLM
@@ -52,6 +53,7 @@ class MultiAdapterCATSModel(nn.Module):
         """
         if memory is not None and memory.budget_bytes is not None and memory.covers == "process":
             give_back_freed_memory()
+        kernels.why_not()  # so that what they hold counts as the interpreter's
         before, places = interpreter_bytes(), (adapters or {}).items()
         loaded = {
             name: AdapterModel.from_pretrained(directory, exit_layer, dtype, device, sparing=memory is not None)
@@ -78,6 +80,7 @@ class MultiAdapterCATSModel(nn.Module):
             raise CatsError(f"{what} reads exit {adapter.exit_layer}; exits of this base model are 1 to {self.base.layer_count - 1}.")
         adapter.cover_positions(self.base.context)
         adapter.compute_in(self.base.dtype, self.base.work)
+        adapter.compile(self.base.dtype, self.base.compiled)
         ledger = self.base.source.ledger
         ledger.charge("adapters", adapter.nbytes)
         adapter.rope.charge = ledger.holder("rotary tables")

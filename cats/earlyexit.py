@@ -8,9 +8,8 @@ the model's `source` (`cats/runtime/store.py`) alone.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,48 +18,18 @@ from transformers import AutoConfig, PretrainedConfig
 from cats.checkpoint import CONFIG_FAULTS
 from cats.errors import CatsError
 from cats.families import check_layers, check_rope, family_of, usable_context
+from cats.kernels import compiled_layers, compiled_norm
 from cats.kv_cache import KVCache
 from cats.linear import WorkSpace
+from cats.masks import Sight
 from cats.planning.plan import EXACT, View
 from cats.rope import RopeTable
+from cats.rows import Rows
 from cats.runtime.store import AT_ONCE, Store
 from cats.turns import Turns
 
-
-@dataclass(slots=True)
-class Rows:
-    """Rows of one sequence that go through a layer together: the nodes of a step, or a stretch of a prompt.
-
-    Attributes:
-        hidden_BTD: their states; a layer replaces them.
-        rope: cosines and sines of their positions.
-        bias: additive, [1, 1, T, S + T]; None means causal (no cache) or everything visible (one query).
-        cache: of their sequence.
-        slots, end: where `cache` takes their entries, and up to where it is visible; None: as its `writing` block says.
-    """
-
-    hidden_BTD: torch.Tensor
-    rope: tuple[torch.Tensor, torch.Tensor]
-    bias: torch.Tensor | None = None
-    cache: KVCache | None = None
-    slots: slice | torch.Tensor | None = None
-    end: int = 0
-
-    def attend(self, layer: Any) -> None:
-        """Add the attention of a decoder layer."""
-        if self.cache is not None and self.slots is not None:
-            self.cache.aim(self.slots, self.end)
-        attended, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(self.hidden_BTD),
-            attention_mask=self.bias,
-            position_embeddings=self.rope,
-            past_key_values=self.cache,
-        )
-        self.hidden_BTD = self.hidden_BTD + attended
-
-    def transform(self, layer: Any) -> None:
-        """Add the MLP of a decoder layer."""
-        self.hidden_BTD = self.hidden_BTD + layer.mlp(layer.post_attention_layernorm(self.hidden_BTD))
+if TYPE_CHECKING:
+    from cats.kernels.layers import CompiledLayers
 
 
 class EarlyExitLlamaForCausalLM(nn.Module):
@@ -106,6 +75,13 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         with torch.device("cpu"):
             rotary = type(decoder.rotary_emb)(config=config)
         self.rope = RopeTable(rotary, config, self.context, self.source.ledger.holder("rotary tables"))
+        self.compiled: CompiledLayers | None = None
+
+    def compile(self) -> None:
+        """From now on run layers and the final norm compiled, where the kernels cover them (cats/kernels)."""
+        self.compiled = compiled_layers(self.layers, self.config, self.dtype)
+        if self.compiled is not None:
+            self.norm = compiled_norm(self.norm)
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +143,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         hidden_BTD: torch.Tensor = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
         if positions_T is None:
             positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
-        rows = Rows(hidden_BTD, self.rope.rows(positions_T, hidden_BTD.dtype), attention_mask, past_key_values)
+        rows = Rows(hidden_BTD, self.rope.rows(positions_T, hidden_BTD.dtype), Sight(lambda: attention_mask), past_key_values)
         self.run_layers([rows], start_layer, self.layer_count if end_layer is None else end_layer, view)
         return rows.hidden_BTD
 
@@ -184,21 +160,49 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         several, source = len(groups) > 1, self.source
         if several and not source.holds_sublayers:
             return sum(self.run_layers([group], start, end, view) for group in groups)
-        passes = 0
+        passes, index = 0, start
         with source.running(view):
-            for index in range(start, end) if groups else ():
-                layer = self.layers[index]
+            while groups and index < end:
+                stretch = self._stretch(groups, index, end, view)
+                if stretch > index:
+                    passes, index = passes + stretch - index, stretch
+                    continue
                 attends, transforms = index not in view.attention, index not in view.mlp
                 passes += attends or transforms
                 if attends:
                     with source.keeping(index, "self_attn") if several else AT_ONCE:
                         for group in groups:
-                            group.attend(layer)
+                            self._attend(group, index)
                 if transforms:
                     with source.keeping(index, "mlp") if several else AT_ONCE:
                         for group in groups:
-                            group.transform(layer)
+                            self._transform(group, index)
+                index += 1
         return passes
+
+    def _stretch(self, groups: Sequence[Rows], start: int, end: int, view: View) -> int:
+        """Take every group through the resident layers that begin at `start`, compiled, in one call each; returns where they end."""
+        compiled = self.compiled
+        if compiled is None or view != EXACT or not all(compiled.takes(group) for group in groups):
+            return start
+        stop = compiled.stretch(start, end)
+        for group in groups if stop > start else ():
+            compiled.run(group, start, stop)
+        return stop
+
+    def _attend(self, group: Rows, index: int) -> None:
+        """Add the attention of a layer."""
+        if self.compiled is not None and self.compiled.takes(group):
+            self.compiled.attend(group, index)
+        else:
+            group.attend(self.layers[index])
+
+    def _transform(self, group: Rows, index: int) -> None:
+        """Add the MLP of a layer."""
+        if self.compiled is not None and self.compiled.takes(group):
+            self.compiled.transform(group, index)
+        else:
+            group.transform(self.layers[index])
 
     def hidden_states(self, input_ids: torch.Tensor, exits: Sequence[int]) -> dict[int, torch.Tensor]:
         """States [B, N, D] leaving layers `[0, exit)` for each exit (0: the embeddings), by one causal pass without a cache."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cats import kernels
 from cats.dtypes import HALVES, is_exact
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[.., K] -> [.., R], in the dtype of `x`."""
         if self.kind is None or self.open is None:
+            if kernels.multiplies(x, self.weight):
+                return kernels.multiplied(x, self.weight, self.bias)
             return project(x, self.weight, self.bias, self.work)
         with self.open() as parts:
             return self.kind.product(x, parts, self.bias, self.work)
@@ -157,12 +160,12 @@ def ready(block_RK: torch.Tensor, dtype: torch.dtype, work: WorkSpace) -> torch.
 
 
 def work_bytes(numbers: int, stored: Iterable[torch.dtype], held: torch.dtype, compute: torch.dtype) -> int:
-    """Bytes that `project` takes on a CPU beside weights of up to `numbers`: blocks; rounded ones; in half precision, a whole copy."""
+    """Bytes that products take on a CPU beside weights of up to `numbers`: upcast blocks; a whole copy where weights are rounded first."""
     blocks = min(BLOCK, numbers) * max(compute.itemsize, torch.float32.itemsize)
     if compute in HALVES:
         return blocks + (numbers * compute.itemsize if set(stored) - {compute} else 0)
     rounds = any(not is_exact(dtype, held) for dtype in stored)
-    return blocks + (min(BLOCK, numbers) * held.itemsize if rounds else 0)
+    return blocks + (numbers * held.itemsize if rounds else 0)
 
 
 def replace_projections(module: nn.Module, work: WorkSpace) -> None:

@@ -94,7 +94,9 @@ def load_base(
     work = WorkSpace(store.ledger.holder("work space"))
     replace_projections(causal_lm, work)
     fill(causal_lm, checkpoint, store, directly=memory is not None, table=table)
-    return EarlyExitLlamaForCausalLM(causal_lm, config, checkpoint.compute, store, work, checkpoint.held).eval()
+    base = EarlyExitLlamaForCausalLM(causal_lm, config, checkpoint.compute, store, work, checkpoint.held).eval()
+    base.compile()
+    return base
 
 
 def without_weights(config: PretrainedConfig) -> Any:
@@ -144,9 +146,7 @@ def look_at(
 def piece_of(layer: int, matrix: str, part: str, precisions: frozenset[str], form: Form, weight: Weight) -> Piece:
     """A part of a matrix as the plan sees it."""
     count = torch.Size(form.shape).numel()
-    return Piece(
-        layer, matrix, count * form.dtype.itemsize, count * weight.resting(part, form.dtype).itemsize, part, frozenset(precisions)
-    )
+    return Piece(layer, matrix, count * form.dtype.itemsize, count * weight.resting(part, form.dtype).itemsize, part, frozenset(precisions))
 
 
 def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[AdapterModel], interpreter: int, table: bool) -> Demand:

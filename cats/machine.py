@@ -37,6 +37,7 @@ from cats.config import AutoregressiveConfig, GenerationConfig
 from cats.dtypes import narrowest
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.embedding import Embedding
+from cats.kernels import why_not
 from cats.linear import WorkSpace, replace_projections
 from cats.methods import build_method
 from cats.planning.profile import MachineProfile, Table, load_machine, save_machine, seconds_for
@@ -95,7 +96,7 @@ class Subject:
             "storage": storage_of(next(iter(self.places.values())).path),
             "model": {"layers": self.config.num_hidden_layers, "vocab": self.config.vocab_size, "layer": layer},
             "adapter_bytes": self.adapter_bytes,
-            "versions": [torch.__version__, platform.python_version()],
+            "versions": [torch.__version__, platform.python_version(), why_not() or "compiled"],
         }
 
     @property
@@ -173,7 +174,9 @@ def first_layers(subject: Subject) -> MultiAdapterCATSModel:
 
     load_strictly(causal_lm, subject.directory, forms, f"the checkpoint in {subject.directory}", place, tied)
     causal_lm.model.embed_tokens = Embedding(causal_lm.model.embed_tokens.weight, subject.compute)
-    model = MultiAdapterCATSModel(EarlyExitLlamaForCausalLM(causal_lm, config, subject.compute, work=work, held_dtype=subject.held).eval())
+    base = EarlyExitLlamaForCausalLM(causal_lm, config, subject.compute, work=work, held_dtype=subject.held).eval()
+    base.compile()
+    model = MultiAdapterCATSModel(base)
     if subject.adapter is not None:
         name = str(subject.held).removeprefix("torch.")
         adapter = AdapterModel.from_pretrained(*subject.adapter, name, subject.device, sparing=True)

@@ -1,7 +1,69 @@
 """Who may see whom: additive attention biases for rows that continue a cached prefix."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import NamedTuple
+
 import numpy as np
 import torch
+
+
+class Paths(NamedTuple):
+    """What each of T rows sees, as slots of its cache: [0, seen_T[t]), then others[ends[t] : ends[t + 1]], in the order of positions."""
+
+    seen_T: np.ndarray
+    others: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the rows of a group see, made when it is asked for: as a bias to be added, or as paths to be followed.
+
+    Attributes:
+        bias: [1, 1, T, S + T]; None means causal (no cache) or everything visible (one query).
+        paths: None where only the bias is known.
+    """
+
+    bias: Callable[[], torch.Tensor | None]
+    paths: Callable[[], Paths] | None = None
+
+
+def tree_sight(visible_QT: np.ndarray, prefix: int, dtype: torch.dtype, device: torch.device, before: int = 0) -> Sight:
+    """Of tree rows, see `tree_bias`."""
+    return Sight(cache(partial(tree_bias, visible_QT, prefix, dtype, device, before)), partial(tree_paths, visible_QT, prefix, before))
+
+
+def causal_sights(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> list[Sight]:
+    """Of `count` consecutive positions from 0 on, in groups of `rows`."""
+    biases = cache(partial(causal_biases, count, rows, dtype, device))
+
+    def sight(number: int) -> Sight:
+        start = number * rows
+        return Sight(lambda: biases()[number], partial(causal_paths, min(rows, count - start), start))
+
+    return [sight(number) for number in range(-(-count // rows))]
+
+
+def causal_sight(rows: int, prefix: int, dtype: torch.dtype, device: torch.device) -> Sight:
+    """Of `rows` consecutive positions after `prefix` cached ones."""
+    return Sight(cache(partial(causal_bias, rows, prefix, dtype, device)), partial(causal_paths, rows, prefix))
+
+
+def causal_paths(rows: int, prefix: int) -> Paths:
+    """Of consecutive positions: every slot up to their own."""
+    return Paths(np.arange(prefix + 1, prefix + rows + 1), np.empty(0, np.int64), np.zeros(rows + 1, np.int64))
+
+
+def tree_paths(visible_QT: np.ndarray, prefix: int, before: int = 0) -> Paths:
+    """Of tree rows: the prefix and the columns marked, which stand in the order of positions; see `tree_bias`."""
+    columns = [np.flatnonzero(visible_T) for visible_T in visible_QT]
+    leading = [int((own == np.arange(len(own))).sum()) for own in columns]
+    seen = [*range(prefix - before + 1, prefix + 1), *(prefix + count for count in leading)]
+    rest = [np.empty(0, np.int64)] * before + [prefix + own[count:] for own, count in zip(columns, leading, strict=True)]
+    ends = np.cumsum([0, *map(len, rest)])
+    return Paths(np.array(seen), np.concatenate(rest) if rest else np.empty(0, np.int64), ends)
 
 
 def tree_bias(visible_QT: np.ndarray, prefix: int, dtype: torch.dtype, device: torch.device, before: int = 0) -> torch.Tensor | None:

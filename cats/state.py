@@ -14,10 +14,10 @@ import torch
 
 from cats.adapter import AdapterModel
 from cats.cats_model import MultiAdapterCATSModel
-from cats.earlyexit import Rows
 from cats.kv_cache import KVCache, cache_bytes
-from cats.masks import causal_bias, causal_biases, sent, tree_bias
+from cats.masks import Sight, causal_sight, causal_sights, sent, tree_sight
 from cats.planning.plan import EXACT, PREFILL_ROWS, View
+from cats.rows import Rows
 from cats.trace import StageSeconds, Stopwatch
 from cats.tree import UNKNOWN, TokenTree
 
@@ -46,9 +46,14 @@ class AdapterState:
         """Run the adapter on the exit states of the committed tokens that follow on those in its cache."""
         start, rows = self.cache.length, len(hidden_ND)
         positions = torch.arange(start, start + rows, device=hidden_ND.device)
-        with self.cache.writing(slice(start, start + rows), start + rows):
-            self.adapter(hidden_ND[None], positions, causal_bias(rows, start, hidden_ND.dtype, hidden_ND.device), self.cache)
+        sight = causal_sight(rows, start, hidden_ND.dtype, hidden_ND.device)
+        self.run(hidden_ND, positions, sight, slice(start, start + rows), start + rows)
         self.cache.length += rows
+
+    def run(self, hidden_TD: torch.Tensor, positions_T: torch.Tensor, sight: Sight, slots: slice | torch.Tensor, end: int) -> torch.Tensor:
+        """The adapter's outputs [T, D]; what it caches goes to `slots`, and slots below `end` may be seen."""
+        rope = self.adapter.rope.rows(positions_T, hidden_TD.dtype)
+        return self.adapter.read(Rows(hidden_TD[None], rope, sight, self.cache, slots, end))[0]
 
 
 class DecodeState:
@@ -122,14 +127,14 @@ class DecodeState:
     def _prompt_rows(self) -> list[Rows]:
         """The prompt, embedded, PREFILL_ROWS positions to a group whatever the budget: a group's size shows in the last bits."""
         base, count = self.base, len(self.tokens)
-        biases = causal_biases(count, PREFILL_ROWS, base.dtype, base.device)
+        sights = causal_sights(count, PREFILL_ROWS, base.dtype, base.device)
         positions = torch.arange(count, device=base.device).split(PREFILL_ROWS)
         embedded = base.embed_tokens(torch.tensor([self.tokens], device=base.device)).split(PREFILL_ROWS, dim=1)
         groups: list[Rows] = []
-        for hidden, bias, places in zip(embedded, biases, positions, strict=True):
+        for hidden, sight, places in zip(embedded, sights, positions, strict=True):
             start = len(groups) * PREFILL_ROWS
             end = start + len(places)
-            groups.append(Rows(hidden, base.rope.rows(places, base.dtype), bias, self.cache, slice(start, end), end))
+            groups.append(Rows(hidden, base.rope.rows(places, base.dtype), sight, self.cache, slice(start, end), end))
         return groups
 
     @property
@@ -268,8 +273,8 @@ class Cycle:
         index = on_device(rows, base.device)
         hidden_TD = base.embed_tokens(self._ids_T[index]) if start == 0 else self.state.rows_at(start)[index]
         rope = base.rope.rows(self._positions(nodes), base.dtype)
-        bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, base.dtype, base.device)
-        return Rows(hidden_TD[None], rope, bias, self.state.cache, shifted(rows, self.prefix, base.device), self.prefix + end)
+        sight = tree_sight(self.tree.ancestors_TT[rows, :end], self.prefix, base.dtype, base.device)
+        return Rows(hidden_TD[None], rope, sight, self.state.cache, shifted(rows, self.prefix, base.device), self.prefix + end)
 
     def leave(self, nodes: list[int], rows: Rows, stop: int, passes: int) -> None:
         """Note where `nodes` stand now."""
@@ -322,9 +327,9 @@ class Cycle:
             earlier = range(self.prefix - before, self.prefix)
             slots = self.state.positions([*earlier, *(self.prefix + node for node in nodes)])
             hidden, positions = torch.cat([state.pending_ND, hidden]), torch.cat([self.state.positions(earlier), positions])
-        bias = tree_bias(self.tree.ancestors_TT[rows, :end], self.prefix, hidden.dtype, hidden.device, before)
-        with state.cache.writing(slots, self.prefix + end), self.computing():
-            output: torch.Tensor = state.adapter(hidden[None], positions, bias, state.cache)[0, before:]
+        sight = tree_sight(self.tree.ancestors_TT[rows, :end], self.prefix, hidden.dtype, hidden.device, before)
+        with self.computing():
+            output = state.run(hidden, positions, sight, slots, self.prefix + end)[before:]
         state.cache.length, state.pending_ND = self.prefix, state.pending_ND[:0]
         self._caught_up.add(name)
         return output

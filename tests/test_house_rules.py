@@ -23,7 +23,7 @@ LARGEST_FILE = 16 * 2**20
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "files", "records", "turns", "families", "hub"}),
     frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings", "text"}),
-    frozenset({"rope", "kv_cache", "checkpoint", "dtypes", "linear", "weight", "runtime"}),
+    frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "runtime"}),
     frozenset({"embedding", "adapter", "earlyexit", "loading", "cats_model"}),
     frozenset({"state"}),
     frozenset({"methods"}),

@@ -108,9 +108,7 @@ def answer(arguments: argparse.Namespace, prompt: str) -> None:
     """Load, decode, show."""
     from cats.cli.progress import waiting
 
-    generation = cats.GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed
-    )
+    generation = cats.GenerationConfig(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed)
     model, config = load_model(arguments)
     if arguments.ledger:
         sys.stderr.write("\n".join(model.base.source.report()) + "\n")

@@ -29,9 +29,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method")
     for name, setting in every_setting().items():
         users = ", ".join(
-            f"{method} {getattr(config_class(), name)}"
-            for method, config_class in METHODS.items()
-            if name in settings_of(config_class)
+            f"{method} {getattr(config_class(), name)}" for method, config_class in METHODS.items() if name in settings_of(config_class)
         )
         text = f"{setting.help} (default: {users})".replace("%", "%%")
         if setting.kind is bool:

@@ -75,9 +75,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if value is not None}
 
 
-def with_siblings(
-    arguments: argparse.Namespace, adapters: "Mapping[str, AdapterPlace]"
-) -> "dict[str, AdapterPlace | list[AdapterPlace]]":
+def with_siblings(arguments: argparse.Namespace, adapters: "Mapping[str, AdapterPlace]") -> "dict[str, AdapterPlace | list[AdapterPlace]]":
     """Adapters that came with the default model, with all others of the same folder to choose from; those that were given, alone."""
     widened: dict[str, AdapterPlace | list[AdapterPlace]] = dict(adapters)
     for name, place in adapters.items():

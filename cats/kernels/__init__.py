@@ -1,0 +1,82 @@
+"""The compiled pass: layers, products and norms in float32 on a CPU, at the speed of memory, bit for bit the same for every row whatever
+stands beside it. Optional: without numba, or on a processor that it has no vectors for, all runs on torch.
+"""
+
+import functools
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+if TYPE_CHECKING:
+    from cats.kernels.layers import CompiledLayers
+
+SWITCH = "CATS_KERNELS"
+"""Environment variable that switches them off, by "off"."""
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why nothing is compiled here, in a few words; None where it is. The first call imports, and compiles what no cache holds."""
+    if os.environ.get(SWITCH, "on") == "off":
+        return f"{SWITCH} is off"
+    try:
+        from numba.core.errors import NumbaError
+    except ImportError:
+        return "numba is not installed"
+    try:
+        from cats.kernels import code
+
+        if not code.LANES:
+            return "this processor has no vector instructions that the compiled pass knows"
+        from cats.kernels.layers import warm_up
+
+        warm_up()
+    except (NumbaError, RuntimeError, OSError) as error:  # a compilation that fails, or no directory that the cache may be written to
+        return f"compiling failed: {str(error).splitlines()[0]}"
+    return None
+
+
+def compiled_layers(
+    layers: Iterable[nn.Module],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    beside: "CompiledLayers | None" = None,
+) -> "CompiledLayers | None":
+    """The compiled form of decoder layers, or None where they are not covered.
+
+    Args:
+        dtype: of the arithmetic.
+        beside: other layers of the model, whose work space these use too.
+    """
+    if why_not() is not None:
+        return None
+    from cats.kernels.layers import CompiledLayers, Room, covers
+
+    chosen = list(layers)
+    if not covers(chosen, config, dtype):
+        return None
+    return CompiledLayers(chosen, config, Room() if beside is None else beside.room)
+
+
+def compiled_norm(norm: nn.Module) -> LlamaRMSNorm:
+    """The compiled form of an RMS norm in float32 on a CPU."""
+    from cats.kernels.layers import Norm
+
+    return Norm(norm)
+
+
+def multiplies(x: torch.Tensor, weight_RK: torch.Tensor) -> bool:
+    """Whether `multiplied` is for such a product."""
+    return x.dtype == torch.float32 and x.is_cpu and not x.requires_grad and weight_RK.is_contiguous() and why_not() is None
+
+
+def multiplied(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b` [.., R] of float32 x [.., K]."""
+    from cats.kernels.layers import product
+
+    return product(x, weight_RK, bias)

@@ -1,0 +1,216 @@
+"""Decoder layers, products and norms of a loaded model, run by the compiled code; which models it covers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from cats.families import ATTENTION, GATED_MLP
+from cats.kernels import code
+from cats.kernels.team import team
+from cats.kv_cache import head_dim
+from cats.rows import Rows
+
+KINDS = {torch.bfloat16: code.BF16, torch.float16: code.F16, torch.float32: code.F32}
+MATRICES = ATTENTION + GATED_MLP
+NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+WHOLE, ATTENDS, TRANSFORMS = (code.QUERY, code.MATRICES), (code.QUERY, code.GATE), (code.GATE, code.MATRICES)
+"""The matrices of a layer and of its sublayers, from the first to behind the last."""
+
+
+class Room:
+    """Work space of a model's compiled layers, those of its adapters too; one step uses it at a time (cats/turns.py).
+
+    It is a part of the activations that a memory plan grants (`cats.planning.plan.activation_bytes`).
+    """
+
+    def __init__(self) -> None:
+        self._numbers = np.empty(0, np.float32)
+
+    def space(self, sizes: code.Sizes, width: int, rows: int, slots: int, threads: int) -> code.Space:
+        """Arrays for `rows` rows of `width` numbers that see up to `slots` slots; valid until the next call."""
+        heads, inner = sizes.heads * sizes.head_dim, padded(sizes.inner)
+        shapes: list[tuple[int, ...]] = [(rows, width), (rows, heads + 2 * sizes.kv_heads * sizes.head_dim), (rows, heads)]
+        shapes += [(rows, inner), (rows, inner), (threads, sizes.heads // sizes.kv_heads, padded(slots))]
+        counts = [padded(int(np.prod(shape))) for shape in shapes]
+        if self._numbers.size < sum(counts):
+            self._numbers = np.empty(0, np.float32)
+            self._numbers = np.empty(sum(counts), np.float32)
+        starts = np.cumsum([0, *counts[:-1]])
+        arrays = [self._numbers[start:][: np.prod(shape)].reshape(shape) for start, shape in zip(starts, shapes, strict=True)]
+        return code.Space(*arrays)
+
+
+def padded(count: int) -> int:
+    """`count` rounded up to whole vectors."""
+    return -(-count // code.LANES) * code.LANES
+
+
+def part(layer: nn.Module, name: str) -> Any:
+    """A part of a layer by its path; None where it has none."""
+    for step in name.split("."):
+        layer = getattr(layer, step, None)  # type: ignore[assignment]
+    return layer
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Of a tensor's numbers; 0 where there are none in memory."""
+    return 0 if tensor is None or tensor.is_meta else tensor.data_ptr()
+
+
+def covers(layers: Sequence[nn.Module], config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Whether the compiled code runs such layers: float32 arithmetic on a CPU, SwiGLU."""
+    if dtype != torch.float32 or getattr(config, "hidden_act", "silu") != "silu":
+        return False
+    return all(linear is None or multipliable(linear) for layer in layers for linear in (part(layer, name) for name in MATRICES))
+
+
+def multipliable(linear: Any) -> bool:
+    """Whether a projection's weight, where it is one tensor, can be multiplied by as it lies."""
+    small = linear.bias is None or linear.bias.dtype == torch.float32
+    weight = linear.weight
+    return small and (linear.kind is not None or (weight.is_cpu and weight.is_contiguous() and weight.dtype in KINDS))
+
+
+class CompiledLayers:
+    """The decoder layers of a model or an adapter.
+
+    Args:
+        layers: in order; their projections are `cats.linear.Linear`.
+        config: shapes and epsilon.
+        room: work space, shared with other layers of the model.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], config: PretrainedConfig, room: Room):
+        self.room, heads, kv_heads = room, config.num_attention_heads, config.num_key_value_heads
+        self.sizes = code.Sizes(heads, kv_heads, head_dim(config), config.intermediate_size, np.float32(config.rms_norm_eps))
+        self.projections = [[part(layer, name) for name in MATRICES] for layer in layers]
+        matrices = [[address(linear and linear.weight) for linear in row] for row in self.projections]
+        kinds = [[kind_of(linear) for linear in row] for row in self.projections]
+        biases = [[address(linear and linear.bias) for linear in row] for row in self.projections]
+        norms = [[address((norm := part(layer, name)) and norm.weight) for name in NORMS] for layer in layers]
+        self.weights = code.Weights(*(np.array(table, np.int64) for table in (matrices, kinds, biases, norms)))
+        self.resident = [all(linear is None or linear.open is None for linear in row) for row in self.projections]
+
+    def takes(self, rows: Rows) -> bool:
+        """Whether such rows can be run."""
+        return rows.sight.paths is not None and rows.cache is not None and rows.slots is not None
+
+    def stretch(self, start: int, stop: int) -> int:
+        """The end of the resident layers that begin at `start`."""
+        while start < stop and self.resident[start]:
+            start += 1
+        return start
+
+    def run(self, rows: Rows, start: int, stop: int) -> None:
+        """Take rows through the resident layers [start, stop)."""
+        self._call(self._group(rows), start, stop, WHOLE)
+
+    def attend(self, rows: Rows, layer: int) -> None:
+        """Add the attention of a layer."""
+        self._run_sublayer(self._group(rows), layer, ATTENDS)
+
+    def transform(self, rows: Rows, layer: int) -> None:
+        """Add the MLP of a layer."""
+        self._run_sublayer(self._group(rows), layer, TRANSFORMS)
+
+    def _group(self, rows: Rows) -> code.Group:
+        """The rows as the compiled code wants them; their states are a copy."""
+        known = rows.compiled
+        if known is not None and known.hidden_TD.ctypes.data == rows.hidden_BTD.data_ptr():
+            return known
+        cache, slots, sight = rows.cache, rows.slots, rows.sight
+        if cache is None or slots is None or sight.paths is None:
+            raise ValueError("rows without a cache or paths are not for compiled layers")
+        cos, sin = (table[0].numpy() for table in rows.rope)
+        places = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots.numpy()
+        cache.aim(slots, rows.end)
+        hidden_TD = rows.hidden_BTD[0].numpy().copy()
+        rows.hidden_BTD = torch.from_numpy(hidden_TD)[None]
+        rows.compiled = code.Group(hidden_TD, cos, sin, places, *sight.paths(), cache.storage[:, :, 0].numpy())
+        return rows.compiled
+
+    def _run_sublayer(self, group: code.Group, layer: int, matrices: tuple[int, int]) -> None:
+        """A sublayer of which some matrices may come from the stream: each of these while it is open, those between them together."""
+        first, last = matrices
+        here = first
+        for matrix in range(first, last):
+            linear = self.projections[layer][matrix]
+            if linear is None or linear.open is None:
+                continue
+            if here < matrix:
+                self._call(group, layer, layer + 1, (here, matrix))
+            with self._arrived(layer, matrix, linear):
+                self._call(group, layer, layer + 1, (matrix, matrix + 1))
+            here = matrix + 1
+        if here < last:
+            self._call(group, layer, layer + 1, (here, last))
+
+    @contextmanager
+    def _arrived(self, layer: int, matrix: int, linear: Any) -> Iterator[None]:
+        """Inside the block a matrix that comes in parts has an address."""
+        with linear.open() as parts:
+            weight = linear.kind.rows(parts, 0, len(linear.weight)).contiguous()
+            weight = weight if weight.dtype in KINDS else weight.float()
+            self.weights.matrices[layer, matrix], self.weights.kinds[layer, matrix] = weight.data_ptr(), KINDS[weight.dtype]
+            yield
+
+    def _call(self, group: code.Group, start: int, stop: int, matrices: tuple[int, int]) -> None:
+        workers, (rows, width) = team(), group.hidden_TD.shape
+        space = self.room.space(self.sizes, width, rows, group.cache.shape[3], workers.size)
+        last = min(matrices[1], code.MATRICES if self.projections[start][code.GATE] is not None else code.GATE)
+        if matrices[0] < last:
+            counters = (stop - start) * code.COUNTERS
+            workers.run(code.run_layers, counters, start, stop, matrices[0], last, self.sizes, self.weights, group, space)
+
+
+def kind_of(linear: Any) -> int:
+    """Of a projection's weight; any of one that is not there, or comes in parts."""
+    return code.F32 if linear is None or linear.kind is not None else KINDS[linear.weight.dtype]
+
+
+def warm_up() -> None:
+    """Compile, or load from the cache, everything that models need."""
+    numbers = np.zeros((1, code.LANES), np.float32)
+    sizes = code.Sizes(1, 1, code.LANES, code.LANES, np.float32(1))
+    weights = code.Weights(*(np.zeros((1, count), np.int64) for count in (code.MATRICES, code.MATRICES, code.MATRICES, len(NORMS))))
+    places, ends = np.zeros(1, np.int64), np.zeros(2, np.int64)
+    cache = np.zeros((1, 2, 1, 1, code.LANES), np.float32)
+    group = code.Group(numbers.copy(), numbers, numbers, places, places, places, ends, cache)
+    team().run(code.run_layers, 0, 0, 0, *WHOLE, sizes, weights, group, Room().space(sizes, code.LANES, 1, 1, team().size))
+    product(torch.from_numpy(numbers), torch.from_numpy(numbers), None)
+    normed(torch.from_numpy(numbers), torch.ones(code.LANES), 1.0)
+
+
+def product(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b` [.., R] of float32 x [.., K] with a weight of any kind."""
+    x_TK = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
+    out = np.empty((len(x_TK), len(weight_RK)), np.float32)
+    if len(x_TK):
+        team().run(code.run_product, 1, KINDS[weight_RK.dtype], weight_RK.data_ptr(), address(bias), x_TK, out)
+    return torch.from_numpy(out).view(*x.shape[:-1], len(weight_RK))
+
+
+def normed(hidden: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The RMS norm of states [.., D]."""
+    x_TD = hidden.reshape(-1, hidden.shape[-1]).contiguous().numpy()
+    out = np.empty_like(x_TD)
+    team().run(code.run_norm, 0, weight_D.data_ptr(), np.float32(epsilon), x_TD, out)
+    return torch.from_numpy(out).view(hidden.shape)
+
+
+class Norm(LlamaRMSNorm):
+    """An RMS norm, compiled; `norm` is one of transformers'."""
+
+    def __init__(self, norm: Any):
+        nn.Module.__init__(self)
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States [.., D] -> normed states [.., D]."""
+        return normed(hidden, self.weight, self.variance_epsilon)
