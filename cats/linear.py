@@ -97,8 +97,6 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[.., K] -> [.., R], in the dtype of `x`."""
         if self.kind is None or self.open is None:
-            if kernels.multiplies(x, self.weight):
-                return kernels.multiplied(x, self.weight, self.bias)
             return project(x, self.weight, self.bias, self.work)
         with self.open() as parts:
             return self.kind.product(x, parts, self.bias, self.work)
@@ -119,6 +117,8 @@ def product(x: torch.Tensor, rows: Rows, shape: torch.Size, bias: torch.Tensor |
     """
     if not x.is_cpu or x.requires_grad:
         return functional.linear(x, rows(0, shape[0]).to(x.dtype), bias)
+    if kernels.multiply(x.dtype):
+        return kernels.product(x, rows(0, shape[0]), bias)
     if x.dtype in HALVES:
         weight_RK = rows(0, shape[0]).to(x.dtype)  # rounded before it is upcast, as a resident weight is when it is loaded
         if x.dtype in FAST_HALVES or x.numel() < WORTH_WIDENING * x.shape[-1]:

@@ -22,7 +22,7 @@ from cats.checkpoint import locate_tensors, weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.default_model import SHIPPED, DefaultModel, default_model
 from cats.cli.live_text import LiveText
-from cats.cli.progress import live_bar, waiting
+from cats.cli.progress import heartbeat, live_bar
 from cats.earlyexit import read_config
 from cats.planning.plan import parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage = set_stage(arguments)
     sys.stdout.write(heading(stage))
     sys.stdout.flush()
-    with waiting("warming up"):
+    with heartbeat("warming up"):
         held = warm_up(stage)
     figures = answer_in_turns(stage, arguments.max_new_tokens)
     sys.stdout.write(f"{table(figures)}\n\n{NOTE}\n{memory_note(stage, held)}\n\n")
@@ -136,7 +136,7 @@ def set_stage(arguments: argparse.Namespace) -> Stage:
     budget = BUDGET_BYTES * weight_bytes(model.path) // WHOLE_BYTES
     if arguments.memory_budget is not None:
         budget = parse_amount(arguments.memory_budget, "--memory-budget")
-    with waiting("loading"):
+    with heartbeat("loading"):
         text = load_text(str(model.path), None)
     return Stage(model, text, None if arguments.resident else budget)
 

@@ -84,7 +84,7 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
     """The model and the configuration of the method, after everything that can be refused without weights was."""
     if arguments.raw and arguments.template is not None:
         raise CatsError("--raw leaves the chat template out, so --template does nothing; leave one of them out.")
-    from cats.cli.progress import waiting
+    from cats.cli.progress import heartbeat
 
     default = default_model() if arguments.model_path is None else None
     path = default.path if default else arguments.model_path
@@ -95,7 +95,7 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
     if default and arguments.method is None and not adapters:
         sys.stderr.write(f"no adapters for {default.name} lie beside this installation, so it drafts by {name.replace('_', ' ')}.\n")
     config = chosen_method(name, arguments)
-    with waiting("loading"):
+    with heartbeat("loading"):
         method = cats.build_method(config)
         memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
         chosen = needed_adapters(arguments, adapters, name, method.adapters)
@@ -106,7 +106,7 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
 
 def answer(arguments: argparse.Namespace, prompt: str) -> None:
     """Load, decode, show."""
-    from cats.cli.progress import waiting
+    from cats.cli.progress import heartbeat
 
     generation = cats.GenerationConfig(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed)
     model, config = load_model(arguments)
@@ -116,7 +116,7 @@ def answer(arguments: argparse.Namespace, prompt: str) -> None:
     ids = text.ids(prompt) if arguments.raw else text.prompt_ids(prompt)
     live, traces = LiveText(text), []
     steps = cats.stream(model, ids, config, generation, stop=text.stop(arguments.stop, chat=not arguments.raw))
-    with waiting("reading the prompt"):
+    with heartbeat("reading the prompt"):
         first = next(steps)
     for step in itertools.chain([first], steps):
         traces.append(step.trace)

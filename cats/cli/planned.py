@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import cats
 from cats.cli.memory_flags import memory_options
 from cats.cli.method_flags import every_setting
-from cats.cli.progress import waiting
 from cats.config import MemoryOptions, require
 
 if TYPE_CHECKING:
@@ -39,7 +38,9 @@ def load_planned(
     from cats.planned import Planning
 
     dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}
-    with waiting("loading") as bar:
+    from cats.cli.progress import heartbeat
+
+    with heartbeat("loading") as bar:
         model = cats.load(
             path,
             with_siblings(arguments, adapters),

@@ -22,10 +22,10 @@ def live_bar(items: Iterable[T] | None = None, **settings: Any) -> "tqdm[T]":
 
 
 @contextmanager
-def heartbeat(what: str, shown: bool = True) -> Iterator[None]:
-    """Say what goes on inside the block, and for how long already, where nothing can be counted."""
-    with live_bar(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=not shown):
-        yield
+def heartbeat(what: str, shown: bool = True) -> "Iterator[tqdm[Any]]":
+    """Say what goes on inside the block, and for how long already, where nothing can be counted; the bar's description may change."""
+    with live_bar(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=not shown) as bar:
+        yield bar
 
 
 def _beat(known: "weakref.ref[tqdm[Any]]") -> None:
@@ -37,8 +37,3 @@ def _beat(known: "weakref.ref[tqdm[Any]]") -> None:
             return
         bar.refresh()
         del bar
-
-
-def waiting(what: str) -> "tqdm[Any]":
-    """For a `with` block that takes long and cannot say how long: what it does and the time so far, until it ends."""
-    return live_bar(desc=what, bar_format="{desc}: {elapsed}", leave=False)

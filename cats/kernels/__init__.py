@@ -70,13 +70,14 @@ def compiled_norm(norm: nn.Module) -> LlamaRMSNorm:
     return Norm(norm)
 
 
-def multiplies(x: torch.Tensor, weight_RK: torch.Tensor) -> bool:
-    """Whether `multiplied` is for such a product."""
-    return x.dtype == torch.float32 and x.is_cpu and not x.requires_grad and weight_RK.is_contiguous() and why_not() is None
+def multiply(dtype: torch.dtype) -> bool:
+    """Whether `product` is for arithmetic on a CPU in this dtype."""
+    return dtype == torch.float32 and why_not() is None
 
 
-def multiplied(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + b` [.., R] of float32 x [.., K]."""
-    from cats.kernels.layers import product
+def product(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b` [.., R] of float32 x [.., K], the weight in any float dtype that float32 holds."""
+    from cats.kernels.layers import KINDS
+    from cats.kernels.layers import product as compiled
 
-    return product(x, weight_RK, bias)
+    return compiled(x, (weight_RK if weight_RK.dtype in KINDS else weight_RK.float()).contiguous(), bias)
