@@ -186,7 +186,7 @@ def sizes_of_checkpoint(checkpoint: Checkpoint, adapters: Sequence[AdapterModel]
         matrices=tuple(matrices.items()),
         other_layer_bytes=sum(numbers(form) * compute.itemsize for form in small),
         lm_head_bytes=numbers(forms[HEAD]) * checkpoint.resting(HEAD).itemsize,
-        adapter_bytes=max((adapter.bytes_in(compute) for adapter in adapters), default=0),
+        adapter_bytes=-(-sum(adapter.bytes_in(compute) for adapter in adapters) // max(1, len(adapters))),
         widen_bytes=work_bytes(largest, dtypes, checkpoint.held, compute),
         rotary_numbers=usable_context(config) * head_dim(config),
         stored=tuple(checkpoint.pieces),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import cats
+from cats.adapter import AdapterModel
+from cats.earlyexit import read_config
 from cats.errors import CatsError
 from cats.planning.plan import Demand, MemoryPlan
 from cats.runtime.budget import Ledger
+from tests.tiny_models import SHALLOW_EXIT, TinyModel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,3 +96,14 @@ def test_a_budget_of_weights_notes_what_it_does_not_count() -> None:
     assert ledger.taken["KV caches"] == 10**6
     with pytest.raises(CatsError, match="ring would take 61 bytes"):
         ledger.charge("ring", 61)
+
+
+def test_adapters_of_several_sizes_are_charged_what_they_hold(tiny: Callable[[str], TinyModel], tmp_path: Path) -> None:
+    """A decoder block holds several times what attention alone does."""
+    base = tiny("llama").base
+    large = AdapterModel(AdapterModel.config_for(read_config(base), "decoder"), SHALLOW_EXIT)
+    large.save_pretrained(tmp_path / "large")
+    model = cats.load(base, {"draft": tiny("llama").draft, "shallow": tmp_path / "large"}, memory=cats.MemoryOptions(10**9), plan=None)
+    held = [adapter.nbytes for adapter in model.adapters.values()]
+    assert held[1] > 1.5 * held[0]
+    assert sum(held) <= dict(model.base.source.plan.charges)["adapters"] < sum(held) + len(held)

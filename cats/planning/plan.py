@@ -78,7 +78,7 @@ class ModelSizes:
     Attributes:
         matrices: name and bytes of every matrix of one decoder layer, in the order in which a layer uses them.
         other_layer_bytes: norms and biases of one layer, always held; the model's last norm is charged as much.
-        adapter_bytes: one exit adapter, as held.
+        adapter_bytes: one exit adapter, as held; where they differ in size, their mean, rounded up.
         kv_width: kv_heads * head_dim.
         widen_bytes: work space of the projections (cats/linear.py).
         rotary_numbers: positions of the context by head_dim: the cosines of a rotary table.
