@@ -1,4 +1,7 @@
-"""CATS: cascaded adaptive tree speculation for models that do not fit in memory. Public names, each imported when it is first used."""
+"""CATS: cascaded adaptive tree speculation for models that do not fit in memory. Public names, each imported when it is first used.
+
+The configuration of every method is among them, under its class's name.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -6,29 +9,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cats.api import Answer, CatsModel, generate, load, stream
     from cats.cats_model import MultiAdapterCATSModel
-    from cats.config import (
-        AutoregressiveConfig,
-        CascadeConfig,
-        EagleSelfConfig,
-        GenerationConfig,
-        KangarooConfig,
-        MemoryOptions,
-        MethodConfig,
-        PromptLookupConfig,
-    )
+    from cats.config import GenerationConfig, MemoryOptions, MethodConfig
     from cats.engine import Generation, Step
     from cats.errors import CatsError
     from cats.methods import METHODS, build_method
+    from cats.methods.autoregressive import AutoregressiveConfig
+    from cats.methods.cascade import CascadeConfig
+    from cats.methods.eagle_self import EagleSelfConfig
+    from cats.methods.kangaroo import KangarooConfig
+    from cats.methods.prompt_lookup import PromptLookupConfig
     from cats.stopping import StopStrings
     from cats.text import ModelText
 
 _HOMES = {
     "api": ("Answer", "CatsModel", "generate", "load", "stream"),
     "cats_model": ("MultiAdapterCATSModel",),
-    "config": (
-        *("AutoregressiveConfig", "CascadeConfig", "EagleSelfConfig", "GenerationConfig", "KangarooConfig"),
-        *("MemoryOptions", "MethodConfig", "PromptLookupConfig"),
-    ),
+    "config": ("GenerationConfig", "MemoryOptions", "MethodConfig"),
     "engine": ("Generation", "Step"),
     "errors": ("CatsError",),
     "methods": ("METHODS", "build_method"),
@@ -64,10 +60,19 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _configuration(name)
     found = getattr(importlib.import_module(f"cats.{_MODULE_OF[name]}"), name)
     globals()[name] = found
     return found
+
+
+def _configuration(name: str) -> Any:
+    """The configuration class of this name, of any method."""
+    if name.endswith("Config"):
+        for config_class in importlib.import_module("cats.methods").METHODS.values():
+            if config_class.__name__ == name:
+                return config_class
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ from cats.config import GenerationConfig, MemoryOptions, MethodConfig
 from cats.engine import Generation, Step, Stop
 from cats.errors import CatsError
 from cats.hub import locate
-from cats.methods import METHODS, best_method, build_method
+from cats.methods import METHODS, best_method, build_method, needs_of
 from cats.methods.base import Method
 from cats.planned import Loading, LoadPlan, Planning, plan_load
 from cats.text import Message, ModelText, has_tokenizer, listed_end_ids
@@ -147,13 +147,13 @@ def chosen_method(model: MultiAdapterCATSModel, method: MethodChoice) -> Method:
         if method not in METHODS:
             raise CatsError(f"unknown method {method!r}; known are {', '.join(METHODS)}.")
         method = METHODS[method]()
-    built = build_method(method)
-    if plan is not None and not set(built.adapters) <= model.adapters.keys():
+    needed = needs_of(method).adapters
+    if plan is not None and not set(needed) <= model.adapters.keys():
         raise CatsError(
-            f"the memory plan chose {plan.method.name} and left out what {method.name} needs ({', '.join(built.adapters)}); "
+            f"the memory plan chose {plan.method.name} and left out what {method.name} needs ({', '.join(needed)}); "
             "load the model with plan=None and those adapters."
         )
-    return built
+    return build_method(method, model)
 
 
 def ids_of(model: MultiAdapterCATSModel, prompt: str | Sequence[int]) -> list[int]:

@@ -12,7 +12,9 @@ from cats.adapter import AdapterModel
 from cats.config import MemoryOptions
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.errors import CatsError
+from cats.held import Held
 from cats.loading import load_base
+from cats.planning.plan import BY_METHODS
 from cats.runtime.budget import give_back_freed_memory, interpreter_bytes
 
 
@@ -22,6 +24,7 @@ class MultiAdapterCATSModel(nn.Module):
     Attributes:
         base: the target model.
         adapters: name -> adapter; "draft" and "shallow" are the names that the methods ask for.
+        held: what methods keep with the model.
         end_token_ids: the tokens that end an answer; None where the model does not know.
     """
 
@@ -31,6 +34,7 @@ class MultiAdapterCATSModel(nn.Module):
         super().__init__()
         self.base = base
         self.adapters: dict[str, AdapterModel] = {}
+        self.held = Held(base.source.ledger.holder(BY_METHODS))
 
     @classmethod
     def from_pretrained(
@@ -68,6 +72,11 @@ class MultiAdapterCATSModel(nn.Module):
         """See `EarlyExitLlamaForCausalLM`."""
         self.base._apply(fn)
         return self
+
+    def close(self) -> None:
+        """Close what methods hold and end the stream of weights; a model whose layers are streamed cannot decode afterwards."""
+        self.held.close()
+        self.base.source.close()
 
     def add_adapter(self, name: str, adapter: AdapterModel, what: str = "the adapter") -> None:
         """Attach an adapter under `name`; raises `CatsError` where it does not fit this base."""

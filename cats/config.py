@@ -1,10 +1,13 @@
 """What one run is: frozen, checked once, here and nowhere else. Contradictions raise `CatsError` in plain words."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cats.errors import CatsError
 from cats.planning.plan import View
+
+if TYPE_CHECKING:
+    from cats.planning.cost import Passes, Work
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -54,92 +57,50 @@ class GenerationConfig:
         )
 
 
-STEPS = {"help": "tokens drafted in a round"}
-THRESHOLD = {"help": "from the second step on, drafting stops when the best probability falls below this; 0 never stops"}
-TREE_TOPK = {"help": "1 is a chain; above, candidates per drafted token"}
-TOTAL_TOKENS = {"help": "nodes of the tree, root included; -1 sizes it to steps * tree-topk + 1"}
-
-
 @dataclass(frozen=True)
-class AutoregressiveConfig:
-    """Plain decoding."""
+class MethodConfig:
+    """Settings of one method, declared in the method's own file; see `cats.methods.base.Method`.
 
-    name: ClassVar[str] = "autoregressive"
+    A field's metadata hold its "help" and, where there are any, its limits: "lowest" and "highest", both allowed values.
 
-
-@dataclass(frozen=True)
-class CascadeConfig:
-    """CATS (paper section 4.2).
-
-    The trunk holds `steps` tokens a round. `tree_topk` of k adds the draft's k - 1 next best tokens as siblings, and k continuations of
-    each correction; trunk and corrections enter whatever `total_tokens` says, and -1 gives each round steps * tree_topk + 1 nodes plus
-    the corrections. Each of `branch_rounds` beyond the first continues the tree_topk best branches so far, siblings among them, which is
-    not in the paper.
+    Attributes:
+        name: of the method, which sets it.
     """
 
-    steps: int = field(default=5, metadata=STEPS)
-    threshold: float = field(default=0.0, metadata=THRESHOLD)
-    tree_topk: int = field(default=1, metadata=TREE_TOPK)
-    total_tokens: int = field(default=-1, metadata=TOTAL_TOKENS)
-    sv_passes: int = field(default=1, metadata={"help": "rounds of drafting and shallow verification before the target pass"})
-    branch_rounds: int = field(
-        default=1, metadata={"help": "rounds in which the draft continues branches of the tree; the paper's is 1, the corrections alone"}
-    )
-    name: ClassVar[str] = "cascade"
+    name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        check_drafting(self.steps, self.threshold)
-        check_tree(self.tree_topk, self.total_tokens)
-        require(self.sv_passes >= 1, f"sv-passes is {self.sv_passes}; it must be at least 1.")
-        require(self.branch_rounds >= 1, f"branch-rounds is {self.branch_rounds}; it must be at least 1.")
-        require(
-            self.tree_topk > 1 or self.branch_rounds == 1,
-            f"branch-rounds {self.branch_rounds} has no branches to continue in a chain; use tree-topk above 1.",
-        )
-
-
-@dataclass(frozen=True)
-class KangarooConfig:
-    """Kangaroo: one adapter, a chain that ends where the draft loses confidence."""
-
-    steps: int = field(default=6, metadata=STEPS)
-    threshold: float = field(default=0.6, metadata=THRESHOLD)
-    name: ClassVar[str] = "kangaroo"
-
-    def __post_init__(self) -> None:
-        check_drafting(self.steps, self.threshold)
-
-
-@dataclass(frozen=True)
-class EagleSelfConfig:
-    """EAGLE's drafting over the early exit: a chain of `steps`, or (tree_topk above 1) EAGLE-2's dynamic tree of depth `steps`."""
-
-    steps: int = field(default=5, metadata=STEPS)
-    tree_topk: int = field(default=1, metadata=TREE_TOPK)
-    total_tokens: int = field(default=-1, metadata=TOTAL_TOKENS)
-    name: ClassVar[str] = "eagle_self"
-
-    def __post_init__(self) -> None:
-        check_drafting(self.steps, 0.0)
-        check_tree(self.tree_topk, self.total_tokens)
+        """Raise `CatsError` for a value beyond its limits; a class that checks more calls this first."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            for one in value if isinstance(value, tuple) else () if value is None else (value,):
+                check_limits(item.name.replace("_", "-"), one, item.metadata.get("lowest"), item.metadata.get("highest"))
 
     @property
-    def node_budget(self) -> int:
-        """Nodes of the tree, root included."""
-        return self.steps * self.tree_topk + 1 if self.total_tokens == -1 else self.total_tokens
+    def draft_passes(self) -> int:
+        """Passes through the layers below the draft exit in a cycle, at most."""
+        return 0
+
+    def label(self, exits: tuple[int, ...]) -> str:
+        """The method and its settings in a few words; `exits` are those of its adapters, as far as they are known."""
+        return self.name.replace("_", " ")
+
+    def work(self, passes: "Passes", exits: tuple[int, ...], layers: int, nodes: float) -> "Work | None":
+        """Processor seconds of a cycle that verifies `nodes` in a model of so many layers; None: the planner leaves the method out."""
+        return None
+
+    @property
+    def priced(self) -> bool:
+        """Whether `work` is known."""
+        return type(self).work is not MethodConfig.work
 
 
-@dataclass(frozen=True)
-class PromptLookupConfig:
-    """Prompt lookup: the last n-gram of up to `max_ngram` tokens, found earlier in the text, continued by `continuation` tokens."""
-
-    max_ngram: int = field(default=3, metadata={"help": "longest n-gram looked up in the text so far"})
-    continuation: int = field(default=10, metadata={"help": "tokens taken from behind the match"})
-    name: ClassVar[str] = "prompt_lookup"
-
-    def __post_init__(self) -> None:
-        require(self.max_ngram >= 1, f"max-ngram is {self.max_ngram}; it must be at least 1.")
-        require(self.continuation >= 1, f"continuation is {self.continuation}; it must be at least 1.")
+def check_limits(setting: str, value: Any, lowest: Any, highest: Any) -> None:
+    """Raise `CatsError` unless `value` lies within the limits, None being none."""
+    if lowest is not None and highest is not None:
+        require(lowest <= value <= highest, f"{setting} is {value}; it must lie between {lowest} and {highest}.")
+    require(lowest is None or value >= lowest, f"{setting} is {value}; it must be at least {lowest}.")
+    require(highest is None or value <= highest, f"{setting} is {value}; it must be at most {highest}.")
 
 
 @dataclass(frozen=True)
@@ -155,6 +116,7 @@ class MemoryOptions:
         positions: prompt and answer together, at most.
         nodes: nodes of a tree, root included, at most; a planned load grants what its method grows.
         views: other forms of the model that the method drafts with; what they multiply by is resident.
+        held_bytes: of what the methods to be run keep with the model (`cats.methods.base.Needs`).
         device_bytes: what may be taken of a CUDA device's own memory; `budget_bytes` then counts the host's. None: one memory for all.
     """
 
@@ -167,6 +129,7 @@ class MemoryOptions:
     nodes: int = 1
     views: tuple[View, ...] = ()
     device_bytes: int | None = None
+    held_bytes: int = 0
 
     def __post_init__(self) -> None:
         require(self.covers in ("process", "weights"), f"budget-covers is {self.covers!r}; it must be process or weights.")
@@ -183,22 +146,3 @@ class MemoryOptions:
     def ring(self) -> int:
         """Size of the ring in largest matrices."""
         return 3 if self.ring_buffers is None else self.ring_buffers
-
-
-MethodConfig = AutoregressiveConfig | CascadeConfig | KangarooConfig | EagleSelfConfig | PromptLookupConfig
-
-
-def check_drafting(steps: int, threshold: float) -> None:
-    """Checks that every drafting method shares."""
-    require(steps >= 1, f"steps is {steps}; it must be at least 1.")
-    require(0 <= threshold < 1, f"threshold is {threshold}; it is a probability below 1.")
-
-
-def check_tree(tree_topk: int, total_tokens: int) -> None:
-    """Checks that every tree shares."""
-    require(1 <= tree_topk <= 1000, f"tree-topk is {tree_topk}; it must lie between 1 and 1000.")
-    require(total_tokens == -1 or total_tokens >= 2, f"total-tokens is {total_tokens}; it must be -1 (automatic) or at least 2.")
-    require(
-        tree_topk > 1 or total_tokens == -1,
-        f"total-tokens {total_tokens} has nothing to choose from in a chain; use tree-topk above 1, or total-tokens -1.",
-    )

@@ -161,6 +161,7 @@ def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[
         compute_itemsize=checkpoint.compute.itemsize,
         interpreter_bytes=interpreter,
         views=memory.views,
+        held_bytes=memory.held_bytes,
         table=table and not checkpoint.tied,
     )
 

@@ -33,13 +33,13 @@ from cats import engine
 from cats.adapter import AdapterModel
 from cats.cats_model import MultiAdapterCATSModel
 from cats.checkpoint import TensorPlace, load_strictly, tensor_forms
-from cats.config import AutoregressiveConfig, GenerationConfig
+from cats.config import GenerationConfig
 from cats.dtypes import narrowest
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.embedding import Embedding
 from cats.kernels import why_not
 from cats.linear import WorkSpace, replace_projections
-from cats.methods import build_method
+from cats.methods.autoregressive import Autoregressive, AutoregressiveConfig
 from cats.planning.profile import MachineProfile, Table, load_machine, save_machine, seconds_for
 from cats.runtime.link import Link
 from cats.runtime.streamer import Streamed, Streamer, ring_for
@@ -227,7 +227,7 @@ def tables_of(timed: Mapping[int, tuple[float, ...]], layers: int) -> dict[str, 
 def plain_step_seconds(model: MultiAdapterCATSModel, prompt: list[int], tables: Mapping[str, Table]) -> float:
     """What a step of plain decoding takes beyond its pass, its layers and the head."""
     config = GenerationConfig(max_new_tokens=2 * ROUNDS, eos_token_ids=())
-    steps = engine.stream(model, prompt, build_method(AutoregressiveConfig()), config)
+    steps = engine.stream(model, prompt, Autoregressive(AutoregressiveConfig()), config)
     whole = statistics.median([step.trace.seconds.total for step in steps][2:])
     known = seconds_for(tables["pass_seconds"], 1) + model.base.layer_count * seconds_for(tables["layer_seconds"], 1)
     return max(whole - known - seconds_for(tables["head_seconds"], 1), 0.0)

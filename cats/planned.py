@@ -15,11 +15,11 @@ import torch
 
 from cats.adapter import AdapterModel
 from cats.checkpoint import TensorPlace, locate_tensors
-from cats.config import AutoregressiveConfig, MemoryOptions, MethodConfig, require
+from cats.config import MemoryOptions, MethodConfig, require
 from cats.loading import Checkpoint, checkpoint_of, demand_of, sizes_of_checkpoint
 from cats.machine import Subject, machine_profile
-from cats.methods import METHODS, best_method, build_method
-from cats.planning.cost import PRICED, label_of
+from cats.methods import METHODS, best_method, method_of, needs_of, with_needs
+from cats.methods.autoregressive import AutoregressiveConfig
 from cats.planning.planner import Choice, Option, choose
 from cats.planning.profile import AcceptancePoint, AcceptanceProfile, load_acceptance
 from cats.runtime.budget import GROWTH, interpreter_bytes
@@ -70,7 +70,7 @@ class LoadPlan:
     def lines(self) -> tuple[str, str]:
         """What was chosen, and why."""
         if self.choice is None:
-            return f"plan: {label_of(self.method, self.exits)}, the default of these adapters; nothing is predicted", f"why: {self.reason}"
+            return f"plan: {self.method.label(self.exits)}, the default of these adapters; nothing is predicted", f"why: {self.reason}"
         when = "just now" if self.measured_now else self.choice.machine.measured
         return f"plan: {self.choice.sentence}", f"why: {self.reason} (machine measured {when})"
 
@@ -121,7 +121,7 @@ class Loading:
         """Every measured way to run that the adapters allow and that agrees with the settings; plain decoding, which has none, first."""
         interpreter = interpreter_bytes()
         for point in (PLAIN, *profile.points):
-            if not isinstance(point.method, PRICED) or (point.method == PLAIN.method and point is not PLAIN):
+            if not point.method.priced or (point.method == PLAIN.method and point is not PLAIN):
                 continue
             if any(getattr(point.method, name, None) != value for name, value in settings.items()):
                 continue
@@ -131,7 +131,7 @@ class Loading:
 
     def chosen(self, point: AcceptancePoint) -> dict[str, tuple[Place, AdapterModel]] | None:
         """The adapters that the point was measured with; None where one is not among the candidates."""
-        names = build_method(point.method).adapters
+        names = needs_of(point.method).adapters
         if len(names) != len(point.exits):
             return None
         found = {
@@ -144,8 +144,7 @@ class Loading:
 
     def option(self, point: AcceptancePoint, adapters: Sequence[AdapterModel], interpreter: int) -> Option:
         """What the point asks of memory, as loading will ask it."""
-        asked = replace(self.memory, nodes=max(self.memory.nodes, build_method(point.method).max_nodes))
-        demand = demand_of(asked, self.checkpoint, adapters, interpreter, table=self.device.type == "cuda")
+        demand = demand_of(with_needs(self.memory, point.method), self.checkpoint, adapters, interpreter, table=self.device.type == "cuda")
         return Option(point, sizes_of_checkpoint(self.checkpoint, adapters), demand)
 
     def subject(self) -> Subject:
@@ -180,7 +179,7 @@ def plan_load(loading: Loading, planning: Planning) -> LoadPlan:
     choice = choose(options, machine, memory.budget_bytes or 0, memory.covers, memory.ring_buffers)
     best = choice.best.option
     used = {name: place for name, (place, _) in (loading.chosen(best.point) or {}).items()}
-    settled = replace(memory, ring_buffers=choice.ring_buffers, nodes=best.demand.nodes)
+    settled = replace(with_needs(memory, best.point.method), ring_buffers=choice.ring_buffers)
     return LoadPlan(best.point.method, used, settled, choice, choice.reason, measured_now)
 
 
@@ -194,9 +193,8 @@ def default_plan(loading: Loading, settings: Mapping[str, Any], reason: str) -> 
             f"{flag_of(name)} does nothing for {config_class.name}, the method of these adapters; name the method that it belongs to.",
         )
     method = config_class(**settings)
-    nodes = max(loading.memory.nodes, build_method(method).max_nodes)
-    used = {name: first[name] for name in build_method(method).adapters}
-    return LoadPlan(method, used, replace(loading.memory, nodes=nodes), None, reason)
+    used = {name: first[name] for name in needs_of(method).adapters}
+    return LoadPlan(method, used, with_needs(loading.memory, method), None, reason)
 
 
 def acceptance_beside(loading: Loading) -> AcceptanceProfile | None:
@@ -205,5 +203,5 @@ def acceptance_beside(loading: Loading) -> AcceptanceProfile | None:
         for (path, _), _ in candidates:
             found = path.resolve().parent / ACCEPTANCE_FILE
             if found.is_file():
-                return load_acceptance(found)
+                return load_acceptance(found, method_of)
     return None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cats.cats_model import MultiAdapterCATSModel
-from cats.config import CascadeConfig
+from cats.methods.cascade import CascadeConfig
 
 Path = tuple[int, ...]
 Scores = list[float]

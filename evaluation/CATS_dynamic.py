@@ -65,7 +65,7 @@ def cats_forward_hybrid_evaluation(
     model: MultiAdapterCATSModel, prompt_ids: Sequence[int], method: MethodConfig, config: GenerationConfig
 ) -> Generation:
     """The decoding loop of one question, under its upstream name: `cats.generate` with a method built for this answer."""
-    return generate(model, prompt_ids, build_method(method), config)
+    return generate(model, prompt_ids, build_method(method, model), config)
 
 
 @dataclass(frozen=True)

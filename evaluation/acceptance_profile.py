@@ -16,10 +16,9 @@ from typing import Any
 from cats.adapter import read_adapter_config
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.errors import CatsError
-from cats.methods import build_method
+from cats.methods import method_of, needs_of
 from cats.planned import ACCEPTANCE_FILE
-from cats.planning.cost import PRICED, label_of
-from cats.planning.profile import AcceptancePoint, AcceptanceProfile, method_of, save_acceptance
+from cats.planning.profile import AcceptancePoint, AcceptanceProfile, save_acceptance
 
 
 def profile_of(cells: Iterable[Mapping[str, Any]], folder: Path) -> AcceptanceProfile:
@@ -27,8 +26,8 @@ def profile_of(cells: Iterable[Mapping[str, Any]], folder: Path) -> AcceptancePr
     pooled: dict[tuple[Any, tuple[int, ...]], list[Mapping[str, Any]]] = {}
     for cell in cells:
         method = method_of(cell["settings"]["method"])
-        if isinstance(method, PRICED) and cell["summary"]["steps"]:
-            exits = tuple(exit_of(cell["settings"]["adapters"][name], folder) for name in build_method(method).adapters)
+        if method.priced and cell["summary"]["steps"]:
+            exits = tuple(exit_of(cell["settings"]["adapters"][name], folder) for name in needs_of(method).adapters)
             pooled.setdefault((method, exits), []).append(cell)
     points = []
     for (method, exits), same in pooled.items():
@@ -82,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CatsError(f"the tables are of {len(models)} models; give those of one.")
     save_acceptance(profile, args.adapters / ACCEPTANCE_FILE)
     for point in profile.points:
-        sys.stdout.write(f"{point.accepted:6.3f}  {label_of(point.method, point.exits)}\n")
+        sys.stdout.write(f"{point.accepted:6.3f}  {point.method.label(point.exits)}\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cats import CatsError
+from cats.methods import PRESETS
 from cats.records import check_agreement
 from evaluation.metrics import (
     ModelShape,
@@ -19,7 +20,7 @@ from evaluation.metrics import (
     mean,
     summarise,
 )
-from evaluation.presets import PRESETS, title_of
+from evaluation.presets import title_of
 from evaluation.questions import BENCHES
 from evaluation.record_file import Record, read_records
 

@@ -20,16 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig, ModelText, build_method
+from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig, ModelText
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import heartbeat
 from cats.files import write_atomically
+from cats.methods import PRESETS, needs_of
 from cats.settings import as_record
 from evaluation.acceptance_report import built, exits_of
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.eval import Asking, Contender, answered_ids, run_eval
 from evaluation.options import add_model_flags, chosen_memory
-from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
+from evaluation.presets import PRESET_HELP, parse_presets
 from evaluation.processes import Processes, choose_device, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, spread_questions
 from evaluation.record_file import check_settings, write_json
@@ -98,7 +99,7 @@ def make_cells(
         questions = spread_questions(read_questions(source.path), args.questions)
         asked = {"bench": bench, "source": source.note.strip(), "question_ids": [question.question_id for question in questions]}
         for label, method in methods.items():
-            roles = build_method(method).adapters
+            roles = needs_of(method).adapters
             own = {"adapters": {role: shared["adapters"][role] for role in roles}}
             settings = {**asked, "label": label, "method": as_record(method), **shared, **own}
             extra = sum(sizes[role] for role in roles)

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cats import CatsError, MethodConfig, build_method
+from cats import CatsError, MethodConfig
 from cats.adapter import read_adapter_config
 from cats.cli.default_model import default_model
 from cats.hub import locate
+from cats.methods import needs_of
 from evaluation.options import ADAPTERS, Adapters
 
 
@@ -39,7 +40,7 @@ def chosen_model(methods: list[MethodConfig], args: argparse.Namespace) -> Chose
     """What the flags of `add_model_flags` mean for these methods; contradictions, and what is missing, raise `CatsError`."""
     check_needed(methods, args)
     name, directory, brought = base_model(args.model_path)
-    needed = {name: config.name for config in methods for name in build_method(config).adapters}
+    needed = {name: config.name for config in methods for name in needs_of(config).adapters}
     adapters = {role: chosen_adapter(role, method, brought, args) for role, method in sorted(needed.items())}
     return ChosenModel(name, directory, adapters)
 
@@ -56,7 +57,7 @@ def base_model(place: str | None) -> tuple[str, Path, Mapping[str, Path]]:
 def check_needed(methods: list[MethodConfig], args: argparse.Namespace) -> None:
     """Raise `CatsError` for flags of adapters that none of the methods uses, and for exits in the wrong order."""
     used = " and ".join(dict.fromkeys(config.name for config in methods))
-    needed = {name for config in methods for name in build_method(config).adapters}
+    needed = {name for config in methods for name in needs_of(config).adapters}
     for name in ADAPTERS:
         for flag in (f"{name}_adapter_path", f"{name}_layer"):
             if name not in needed and getattr(args, flag) is not None:

@@ -29,13 +29,14 @@ from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import heartbeat, live_bar
 from cats.dtypes import HALVES, NEAR_TIES
 from cats.earlyexit import EarlyExitLlamaForCausalLM
+from cats.methods import PRESETS
 from cats.records import sha256
 from cats.settings import as_record
 from cats.text import ModelText
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.metrics import ratio
 from evaluation.options import add_model_flags, chosen_memory
-from evaluation.presets import PRESET_HELP, PRESETS, parse_presets
+from evaluation.presets import PRESET_HELP, parse_presets
 from evaluation.processes import Processes, choose_device, own_share, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from cats import GenerationConfig, MemoryOptions, MethodConfig, build_method
+from cats import GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import DTYPES
 from cats.cli.memory_flags import add_memory_flags, memory_options
 
@@ -59,8 +59,8 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_memory(methods: Iterable[MethodConfig], max_new_tokens: int, args: argparse.Namespace) -> MemoryOptions | None:
-    """The memory options that were given, for the largest tree among `methods`; None where none was."""
-    return memory_options(args, max_new_tokens, (build_method(method).max_nodes for method in methods))
+    """The memory options that were given, with room for any of `methods`; None where none was."""
+    return memory_options(args, max_new_tokens, methods)
 
 
 def generation_config(args: argparse.Namespace) -> GenerationConfig:

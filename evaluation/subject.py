@@ -22,13 +22,13 @@ from cats import (
     MemoryOptions,
     MethodConfig,
     ModelText,
-    build_method,
     generate,
     load,
 )
 from cats.adapter import read_adapter_config
 from cats.checkpoint import tensor_forms, weight_files
 from cats.dtypes import HALVES, NEAR_TIES
+from cats.methods import needs_of
 from cats.trace import StepTrace
 from evaluation.chosen_model import ChosenModel
 from evaluation.metrics import ModelShape
@@ -84,12 +84,11 @@ class Subject:
     def shape(self, method: MethodConfig) -> ModelShape:
         """What the cost formulas of metrics.py need to know for this method."""
         base = self.model.base
-        drafts = "draft" in build_method(method).adapters
-        passes = getattr(method, "steps", 0) * getattr(method, "sv_passes", 1)
+        drafts = "draft" in needs_of(method).adapters
         return ModelShape(
             layers=base.layer_count,
             draft_exit=int(self.model.adapters["draft"].exit_layer or 0) if drafts else 0,
-            draft_passes=passes if drafts else 0,
+            draft_passes=method.draft_passes if drafts else 0,
             bytes_per_layer=sum(weight.numel() * weight.element_size() for weight in base.layers[0].parameters()),
         )
 

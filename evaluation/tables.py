@@ -187,9 +187,9 @@ def figures(model: MultiAdapterCATSModel, method: MethodConfig, exercise: Exerci
         raise CatsError("the model was loaded without a memory plan; give a budget.")
     try:
         warm_up = GenerationConfig(max_new_tokens=WARM_UP_TOKENS, eos_token_ids=())
-        generate(model, exercise.prompts[0], build_method(method), warm_up)
+        generate(model, exercise.prompts[0], build_method(method, model), warm_up)
         before = disk_bytes()
-        answers = [generate(model, prompt, build_method(method), exercise.config) for prompt in exercise.prompts]
+        answers = [generate(model, prompt, build_method(method, model), exercise.config) for prompt in exercise.prompts]
         after = disk_bytes()
         return summary(model, method, source, answers, None if before is None or after is None else after - before)
     finally:
@@ -263,7 +263,7 @@ def shape_of(model: MultiAdapterCATSModel, method: MethodConfig, source: Store) 
     return ModelShape(
         layers=model.base.layer_count,
         draft_exit=int(model.adapters["draft"].exit_layer or 0) if drafts else 0,
-        draft_passes=getattr(method, "steps", 0) if drafts else 0,
+        draft_passes=method.draft_passes if drafts else 0,
         bytes_per_layer=layer,
     )
 

@@ -54,7 +54,7 @@ class Subject:
 
     def ours(self, method: cats.MethodConfig) -> list[cats.Generation]:
         """All prompts through one method."""
-        return [cats.generate(self.model, prompt, cats.build_method(method), self.config) for prompt in self.prompts]
+        return [cats.generate(self.model, prompt, cats.build_method(method, self.model), self.config) for prompt in self.prompts]
 
     def theirs(self) -> list[list[int]]:
         """All prompts through transformers' greedy generation."""

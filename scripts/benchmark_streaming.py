@@ -22,6 +22,7 @@ from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.memory_flags import PROMPT_POSITIONS
 from cats.cli.progress import heartbeat, live_bar
 from cats.errors import CatsError
+from cats.methods import needs_of, with_needs
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import rate_text
 from cats.runtime.store import Store
@@ -76,7 +77,6 @@ def contenders_of(args: argparse.Namespace, place: ChosenModel, methods: dict[st
     budget = parse_amount(args.memory_budget, "--memory-budget") if args.memory_budget else stored_bytes(place.directory) // 2
     loaded = {}
     for label, method in methods.items():
-        built = cats.build_method(method)
         memory = cats.MemoryOptions(
             budget_bytes=budget,
             covers="weights",
@@ -84,10 +84,9 @@ def contenders_of(args: argparse.Namespace, place: ChosenModel, methods: dict[st
             pinning=not args.no_pinning,
             ring_buffers=args.ring_buffers,
             positions=PROMPT_POSITIONS + args.max_new_tokens,
-            nodes=built.max_nodes,
         )
-        adapters = {name: place.adapters[name] for name in built.adapters}
-        model = cats.load(place.directory, adapters, dtype=args.dtype, memory=memory, plan=None)
+        adapters = {name: place.adapters[name] for name in needs_of(method).adapters}
+        model = cats.load(place.directory, adapters, dtype=args.dtype, memory=with_needs(memory, method), plan=None)
         loaded[label] = Contender(method, model, [])
     return loaded
 
@@ -102,7 +101,7 @@ def answer_in_turns(args: argparse.Namespace, directory: Path, contenders: dict[
         prompt = text.prompt_ids(question.turns[0])
         for label in labels[place % len(labels) :] + labels[: place % len(labels)]:
             contender = contenders[label]
-            contender.answers.append(cats.generate(contender.model, prompt, cats.build_method(contender.method), config))
+            contender.answers.append(cats.generate(contender.model, prompt, cats.build_method(contender.method, contender.model), config))
     for label, contender in contenders.items():
         for place, (ours, plain) in enumerate(zip(contender.answers, contenders[PLAIN].answers, strict=True)):
             if ours.ids != plain.ids:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from cats import CatsError, Generation, GenerationConfig, MemoryOptions, MethodConfig, ModelText, build_method
+from cats import CatsError, Generation, GenerationConfig, MemoryOptions, MethodConfig, ModelText
 from cats.adapter import read_adapter_config
 from cats.checkpoint import locate_tensors, weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
@@ -24,12 +24,12 @@ from cats.cli.default_model import SHIPPED, DefaultModel, default_model
 from cats.cli.live_text import LiveText
 from cats.cli.progress import heartbeat, live_bar
 from cats.earlyexit import read_config
+from cats.methods import PRESETS, needs_of, with_needs
 from cats.planning.plan import parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
 from evaluation import metrics
 from evaluation.eval import Asking, Contender, ask
 from evaluation.options import Adapters
-from evaluation.presets import PRESETS
 from evaluation.questions import Question
 from evaluation.record_file import Record
 from evaluation.subject import Subject, load_subject, load_text
@@ -76,12 +76,11 @@ class Stage:
         """The model under the best plan for this method, freshly loaded; without a budget the one model of all methods."""
         if self.shared:
             return self.shared[0]
-        built = build_method(method)
-        names = self.model.adapters if self.budget_bytes is None else built.adapters
+        names = self.model.adapters if self.budget_bytes is None else needs_of(method).adapters
         adapters: Adapters = {name: (self.model.adapters[name], None) for name in names}
         memory = None
         if self.budget_bytes is not None:
-            memory = MemoryOptions(budget_bytes=self.budget_bytes, covers="weights", nodes=built.max_nodes)
+            memory = with_needs(MemoryOptions(budget_bytes=self.budget_bytes, covers="weights"), method)
         subject = load_subject(str(self.model.path), adapters, self.text, "float32", torch.device("cpu"), memory)
         if self.budget_bytes is None:
             self.shared.append(subject)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 import cats
+from cats import AutoregressiveConfig, KangarooConfig
 from cats.api import chosen_method
-from cats.config import AutoregressiveConfig, KangarooConfig
 from cats.errors import CatsError
 from cats.methods.cascade import Cascade
 from cats.methods.kangaroo import Kangaroo

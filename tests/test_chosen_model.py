@@ -9,10 +9,10 @@ import pytest
 
 from cats import CatsError
 from cats.hub import locate
+from cats.methods import PRESETS
 from evaluation import chosen_model
 from evaluation.chosen_model import adapters_in, exit_of
 from evaluation.options import add_model_flags
-from evaluation.presets import PRESETS
 
 FIXTURE = Path(__file__).resolve().parent.parent / "data" / "tiny"
 ADAPTERS = FIXTURE / "adapters"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cats import AutoregressiveConfig
+from cats.methods import PRESETS
 from evaluation import correctness
 from evaluation.correctness import Difference, Reference, compare_prompt, first_difference
-from evaluation.presets import PRESETS
 from evaluation.record_file import read_records, rewrite_records
 from evaluation.subject import load_subject, load_text
 from tests import speaking_model

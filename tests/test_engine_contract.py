@@ -139,7 +139,7 @@ class Lookup(Method):
 
 
 def test_a_method_may_charge_a_stage_of_its_own_name() -> None:
-    found = answer(Lookup())
+    found = answer(Lookup(cats.AutoregressiveConfig()))
     assert found.ids == WHOLE
     assert all(trace.seconds["lookup"] > 0 for trace in found.traces[1:])
     assert found.traces[1].seconds.stages == ["lookup", "target", "accept"]

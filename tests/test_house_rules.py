@@ -24,7 +24,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "files", "records", "turns", "families", "hub"}),
     frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings", "text"}),
     frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "runtime"}),
-    frozenset({"embedding", "adapter", "earlyexit", "loading", "cats_model"}),
+    frozenset({"embedding", "adapter", "earlyexit", "loading", "held", "cats_model"}),
     frozenset({"state"}),
     frozenset({"methods"}),
     frozenset({"reference", "engine"}),

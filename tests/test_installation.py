@@ -1,4 +1,4 @@
-"""The wheel: it holds cats alone, shows its help without loading torch, and says what to do where there is no model."""
+"""The wheel: it holds cats alone, shows its help without loading transformers, and says what to do where there is no model."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ try:
     main(["--help"])
 except SystemExit:
     pass
-heavy = {"torch", "transformers", "numpy", "tqdm", "huggingface_hub"} & set(sys.modules)
+heavy = {"transformers", "huggingface_hub"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
 

@@ -13,9 +13,8 @@ import pytest
 import cats
 from cats.cli.method_flags import add_method_flags, chosen_method, every_setting
 from cats.errors import ContractError
-from cats.methods import METHODS
+from cats.methods import METHODS, PRESETS
 from cats.settings import as_record, settings_of
-from evaluation import presets
 from evaluation.presets import parse_presets
 
 
@@ -79,7 +78,7 @@ def test_one_name_means_one_thing(registered: Callable[[type], None]) -> None:
 
 
 def test_presets_change_settings_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    known: dict[str, Any] = presets.PRESETS
+    known: dict[str, Any] = PRESETS
     monkeypatch.setitem(known, "every", EveryKind())
     text = "every:fast=false,store=a/b,ratio=0.5,layers=3+4,pair=0+1,pool=all"
     changed: Any = parse_presets([text])[text]

@@ -18,8 +18,9 @@ from cats import (
     PromptLookupConfig,
 )
 from cats.cli.method_flags import chosen_method, every_setting
+from cats.methods import PRESETS
 from evaluation import CATS_dynamic
-from evaluation.presets import PRESETS, parse_presets
+from evaluation.presets import parse_presets
 from evaluation.record_file import read_records
 from evaluation.subject import Subject
 from tests.tiny_models import TinyModel

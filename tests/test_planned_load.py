@@ -13,6 +13,7 @@ from cats import machine, planned
 from cats.cli.ask import main
 from cats.errors import CatsError
 from cats.machine import Subject, measure
+from cats.methods import method_of
 from cats.planned import Planning
 from cats.planning.profile import AcceptancePoint, AcceptanceProfile, MachineProfile, load_acceptance, save_acceptance
 from cats.runtime.store import Store
@@ -266,7 +267,7 @@ def test_a_table_of_accepted_lengths_becomes_a_profile(tiny: Tiny, tmp_path: Pat
     (tmp_path / "table.json").write_text(json.dumps({"cells": cells}))
     acceptance_profile.main([str(tmp_path / "table.json"), "--adapters", str(tmp_path)])
     assert capsys.readouterr().out == " 3.750  CATS chain, exits 1 and 3, 5 steps\n"
-    assert load_acceptance(tmp_path / "acceptance.json").points == (AcceptancePoint(cats.CascadeConfig(), EXITS, 3.75, 9.75),)
+    assert load_acceptance(tmp_path / "acceptance.json", method_of).points == (AcceptancePoint(cats.CascadeConfig(), EXITS, 3.75, 9.75),)
     used["draft"]["name"] = "unknown"
     for spoilt, says in (({"cells": cells}, "does not say the exit"), ({"cells": [{}]}, "no table"), ({"cells": cells[2:]}, "no method")):
         (tmp_path / "table.json").write_text(json.dumps(spoilt))

@@ -14,7 +14,8 @@ import pytest
 import cats
 from cats import AutoregressiveConfig, CascadeConfig, KangarooConfig, MethodConfig, PromptLookupConfig
 from cats.errors import BudgetError, CatsError
-from cats.planning.cost import Work, cycle_seconds, label_of, read_ahead, work_of
+from cats.methods import method_of
+from cats.planning.cost import Work, cycle_seconds, read_ahead, work_of
 from cats.planning.plan import Demand, MemoryPlan, ModelSizes, plan_memory, window
 from cats.planning.planner import Choice, Option, choose
 from cats.planning.profile import (
@@ -219,10 +220,10 @@ def test_more_memory_and_faster_flash_never_predict_slower() -> None:
 
 
 def test_labels() -> None:
-    assert label_of(KangarooConfig(), (3,)) == "Kangaroo, exit 3, 6 steps"
-    assert label_of(PromptLookupConfig(), ()) == "prompt lookup, 10 tokens"
+    assert KangarooConfig().label((3,)) == "Kangaroo, exit 3, 6 steps"
+    assert PromptLookupConfig().label(()) == "prompt lookup, 10 tokens"
     tree = CascadeConfig(tree_topk=10, total_tokens=40, sv_passes=2, branch_rounds=3)
-    assert label_of(tree, (3, 15)) == "CATS tree, exits 3 and 15, 5 steps, 40 nodes, 2 rounds, 3 branch rounds"
+    assert tree.label((3, 15)) == "CATS tree, exits 3 and 15, 5 steps, 40 nodes, 2 rounds, 3 branch rounds"
 
 
 # --- profiles in files
@@ -256,7 +257,7 @@ def test_an_acceptance_profile_comes_back_as_it_was(tmp_path: Path) -> None:
     kangaroo = AcceptancePoint(KangarooConfig(steps=4), (3,), 1.9, 41.2)
     profile = AcceptanceProfile((chain(15, 3.05), kangaroo, AcceptancePoint(PromptLookupConfig(), (), 1.3, 30.0)), ("how",))
     save_acceptance(profile, tmp_path / "acceptance.json")
-    assert load_acceptance(tmp_path / "acceptance.json") == profile
+    assert load_acceptance(tmp_path / "acceptance.json", method_of) == profile
 
 
 @pytest.mark.parametrize(
@@ -277,5 +278,5 @@ def test_bad_acceptance_profiles_are_refused_in_a_sentence(tmp_path: Path, chang
     save_acceptance(AcceptanceProfile((chain(15, 3.05),)), path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CatsError, match=says) as refused:
-        load_acceptance(path)
+        load_acceptance(path, method_of)
     assert "acceptance.json" in str(refused.value)

@@ -238,4 +238,4 @@ def test_positions_that_no_budget_counts_are_refused(flags: list[str]) -> None:
     parser = ArgumentParser()
     add_memory_flags(parser)
     with pytest.raises(cats.CatsError, match="--budget-positions sizes the caches"):
-        memory_options(parser.parse_args([*flags, "--budget-positions", "64"]), 8, [1])
+        memory_options(parser.parse_args([*flags, "--budget-positions", "64"]), 8, [])

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cats import CatsError
-from cats.config import AutoregressiveConfig
+from cats import AutoregressiveConfig, CatsError
 from evaluation import tables
 from evaluation.chosen_model import exit_of
 from evaluation.tables import TOLERANCE, Row, main, planned_bytes, rendered, scaled_budgets

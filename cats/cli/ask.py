@@ -15,7 +15,7 @@ from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.cli.method_flags import add_method_flags, chosen_method
 from cats.cli.planned import add_plan_flags, is_planned, load_planned
 from cats.errors import CatsError
-from cats.methods import best_method
+from cats.methods import best_method, needs_of
 
 if TYPE_CHECKING:
     from cats.api import AdapterPlace, CatsModel
@@ -96,9 +96,8 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
         sys.stderr.write(f"no adapters for {default.name} lie beside this installation, so it drafts by {name.replace('_', ' ')}.\n")
     config = chosen_method(name, arguments)
     with heartbeat("loading"):
-        method = cats.build_method(config)
-        memory = memory_options(arguments, arguments.max_new_tokens, [method.max_nodes])
-        chosen = needed_adapters(arguments, adapters, name, method.adapters)
+        memory = memory_options(arguments, arguments.max_new_tokens, [config])
+        chosen = needed_adapters(arguments, adapters, name, needs_of(config).adapters)
         dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}
         template = arguments.template
         return cats.load(path, chosen, device=arguments.device, memory=memory, template=template, plan=None, **dtypes), config

@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Iterable
 
-from cats.config import MemoryOptions, require
+from cats.config import MemoryOptions, MethodConfig, require
+from cats.methods import with_needs
 from cats.planning.plan import COVERS, parse_amount
 
 PROMPT_POSITIONS = 1024
@@ -24,11 +25,11 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ledger", action="store_true", help="print what the budget is spent on")
 
 
-def memory_options(args: argparse.Namespace, max_new_tokens: int, nodes: Iterable[int]) -> MemoryOptions | None:
+def memory_options(args: argparse.Namespace, max_new_tokens: int, methods: Iterable[MethodConfig]) -> MemoryOptions | None:
     """The options that were given; None where none was. Contradictions raise `CatsError`.
 
     Args:
-        nodes: of the trees that the methods to be run grow, at most.
+        methods: to be run; the options have room for what any of them grows, drafts with and holds.
     """
     given = args.memory_budget is not None or args.no_pinning
     if not given:
@@ -45,12 +46,12 @@ def memory_options(args: argparse.Namespace, max_new_tokens: int, nodes: Iterabl
     )
     default = MemoryOptions()
     positions = PROMPT_POSITIONS + max_new_tokens if args.budget_positions is None else args.budget_positions
-    return MemoryOptions(
+    memory = MemoryOptions(
         budget_bytes=None if args.memory_budget is None else parse_amount(args.memory_budget, "--memory-budget"),
         covers=args.budget_covers or default.covers,
         flash_bandwidth=None if args.flash_bandwidth is None else float(parse_amount(args.flash_bandwidth, "--flash-bandwidth")),
         pinning=not args.no_pinning,
         ring_buffers=default.ring if args.ring_buffers is None else args.ring_buffers,
         positions=positions,
-        nodes=max(nodes, default=default.nodes),
     )
+    return with_needs(memory, *methods)

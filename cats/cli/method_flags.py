@@ -54,7 +54,7 @@ def method_config(method: str, given: Mapping[str, Any]) -> MethodConfig:
             name in own,
             f"{flag_of(name)} does nothing for the method {method}, which has {known}; leave it out or choose another --method.",
         )
-    return config_class(**{name: tuple(value) if own[name].count else value for name, value in settings.items()})  # type: ignore[arg-type]
+    return config_class(**{name: tuple(value) if own[name].count else value for name, value in settings.items()})
 
 
 every_setting()  # a configuration that no flag can carry is found on import

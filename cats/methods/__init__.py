@@ -1,35 +1,76 @@
-"""Every method by name, with the configuration it takes. The methods themselves are imported when one is built."""
+"""Every method by name: those of the files in this folder, and those whose classes are defined elsewhere."""
 
 import importlib
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+import pkgutil
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
-from cats.config import AutoregressiveConfig, CascadeConfig, EagleSelfConfig, KangarooConfig, MethodConfig, PromptLookupConfig
+from cats.config import MemoryOptions, MethodConfig, require
+from cats.methods.base import CLASSES, METHODS, PRESETS, TITLES, Method, Needs
 
 if TYPE_CHECKING:
-    from cats.methods.base import Method
+    from cats.cats_model import MultiAdapterCATSModel
 
-METHODS: dict[str, type[MethodConfig]] = {
-    "autoregressive": AutoregressiveConfig,
-    "cascade": CascadeConfig,
-    "kangaroo": KangarooConfig,
-    "eagle_self": EagleSelfConfig,
-    "prompt_lookup": PromptLookupConfig,
-}
-CLASSES = {
-    "autoregressive": "Autoregressive",
-    "cascade": "Cascade",
-    "kangaroo": "Kangaroo",
-    "eagle_self": "EagleSelf",
-    "prompt_lookup": "PromptLookup",
-}
-"""The class of each method, in the module of the method's name."""
+__all__ = [
+    "CLASSES",
+    "METHODS",
+    "PRESETS",
+    "TITLES",
+    "Method",
+    "Needs",
+    "best_method",
+    "build_method",
+    "method_of",
+    "needs_of",
+    "small_shapes",
+    "with_needs",
+]
+
+for found in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{found.name}")
 
 
-def build_method(config: MethodConfig) -> "Method":
-    """The method that `config` belongs to."""
-    made: Method = getattr(importlib.import_module(f"cats.methods.{config.name}"), CLASSES[config.name])(config)
-    return made
+def build_method(config: MethodConfig, model: "MultiAdapterCATSModel | None" = None) -> Method:
+    """The method that `config` belongs to, with what it holds of `model`: made now, or found from an earlier call.
+
+    Without a model, a method that holds something can be asked for `max_nodes`, and cannot decode.
+    """
+    cls = CLASSES[config.name]
+    if model is None:
+        return cls(config)
+    return cls(config, model.held.get(config, lambda: cls.open(model, config), cls.needs(config).held_bytes))
+
+
+def needs_of(config: MethodConfig) -> Needs:
+    """What the method that `config` belongs to asks of a model."""
+    return CLASSES[config.name].needs(config)
+
+
+def with_needs(memory: MemoryOptions, *configs: MethodConfig) -> MemoryOptions:
+    """The options, with room for what any of these methods grows, drafts with and holds."""
+    needs = [needs_of(config) for config in configs]
+    return replace(
+        memory,
+        nodes=max((memory.nodes, *(build_method(config).max_nodes for config in configs))),
+        views=tuple(dict.fromkeys((*memory.views, *(view for need in needs for view in need.views)))),
+        held_bytes=memory.held_bytes + sum(need.held_bytes for need in needs),
+    )
+
+
+def method_of(record: Mapping[str, Any]) -> MethodConfig:
+    """The configuration that `cats.settings.as_record` wrote; raises `CatsError` for a name or a setting that is unknown."""
+    settings = dict(record)
+    name = settings.pop("name")
+    require(name in METHODS, f"the method {name!r} is unknown")
+    unknown = settings.keys() - {field.name for field in fields(METHODS[name])}
+    require(not unknown, f"{name} has no setting {', '.join(sorted(unknown))}")
+    return METHODS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+def small_shapes() -> dict[str, MethodConfig]:
+    """The small settings of every method, by name."""
+    return {name: config for cls in CLASSES.values() for name, config in cls.shapes.items()}
 
 
 def best_method(adapters: Collection[str]) -> str:

@@ -1,13 +1,54 @@
-"""The contract of a method: it grows a tree. The engine verifies, accepts and commits."""
+"""The contract of a method: it grows a tree. The engine verifies, accepts and commits.
+
+A method is one file of cats/methods/ (docs/adding_a_method.md): defining its class makes its flags, its presets and its tests.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from cats.acceptance import Verdict
-from cats.state import Cycle, DecodeState
+from cats.config import MethodConfig
+from cats.errors import ContractError
+from cats.planning.plan import View
+
+if TYPE_CHECKING:  # what flags need loads no transformers
+    from cats.cats_model import MultiAdapterCATSModel
+    from cats.state import Cycle, DecodeState
+
+METHODS: dict[str, type[MethodConfig]] = {}
+"""The configuration of every method, by the method's name."""
+CLASSES: dict[str, type["Method"]] = {}
+PRESETS: dict[str, MethodConfig] = {}
+"""Configurations under short names, of all methods."""
+TITLES: dict[str, str] = {}
+"""What tables call the presets."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings under a short name, and what tables call them."""
+
+    config: MethodConfig
+    title: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of a model beside its own code.
+
+    Attributes:
+        adapters: by name.
+        views: of the model that it drafts with; under a budget, what they multiply by is resident.
+        held_bytes: of what its `open` will hold; a budget grants them.
+    """
+
+    adapters: tuple[str, ...] = ()
+    views: tuple[View, ...] = ()
+    held_bytes: int = 0
 
 
 class Method(ABC):
@@ -15,21 +56,63 @@ class Method(ABC):
 
     What a method can ask for, all through `Cycle`: run nodes to an exit (`advance`) and read an adapter there
     (`adapter_logits`), draft with another view of the model (`target_logits` with a `View`), add query rows that cannot be accepted
-    (`tree.add_probe`). What it gets back: `observe`.
+    (`tree.add_probe`). What it gets back: `observe`, and what each pass has cost in `cycle.passes`.
+
+    An object serves one answer at a time, and is made for little. A class with a `name` of its own registers itself; one without is an
+    abstract helper. The first line of its docstring is what --list-methods says of it.
+
+    Attributes:
+        name: for --method.
+        Config: its settings; a configuration belongs to one method.
+        presets: settings under short names; None given: the default settings under the method's name.
+        shapes: small settings that every parametrised test runs; none given: those of the presets.
+        guarantee: what holds of its text, in a line.
+        adapters: names of the adapters that it reads, whatever its settings; see `needs`.
+        config, held: its settings, and what `open` made for the model.
     """
 
-    adapters: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    shapes: ClassVar[Mapping[str, MethodConfig]] = {}
+    guarantee: ClassVar[str] = "lossless"
+    adapters: tuple[str, ...] = ()
+    config: MethodConfig
+    held: Any = None
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "name" in cls.__dict__:
+            register(cls)
+
+    def __init__(self, config: MethodConfig, held: Any = None):
+        self.config, self.held = config, held
+        self.adapters = self.needs(config).adapters
+
+    @classmethod
+    def needs(cls, config: Any) -> Needs:
+        """What this method needs with these settings; asked before anything is loaded."""
+        return Needs(cls.adapters)
+
+    @classmethod
+    def open(cls, model: "MultiAdapterCATSModel", config: Any) -> Any:
+        """What the method holds as long as the model lives: heads, a datastore, what it has learnt. None: nothing.
+
+        Called once per model and configuration. What it returns is a module, a tensor, a container of these, or anything that says its
+        size in `nbytes`; a method `close`, where it has one, is called when the model closes.
+        """
+        return None
 
     @property
     @abstractmethod
     def max_nodes(self) -> int:
-        """Upper bound of tree nodes in a step, root included; caches are sized by it."""
+        """Upper bound of tree nodes in a step, root included; caches are sized by it. Follows from the settings alone."""
 
-    def start(self, state: DecodeState) -> None:  # noqa: B027 - most methods remember nothing
+    def start(self, state: "DecodeState") -> None:  # noqa: B027 - most methods remember nothing
         """A new answer begins; the prompt is in the caches. Forget everything about the last one."""
 
     @abstractmethod
-    def propose(self, cycle: Cycle) -> Sequence[int]:
+    def propose(self, cycle: "Cycle") -> Sequence[int]:
         """Grow `cycle.tree`; return the nodes to verify.
 
         The nodes are distinct and in ascending order (so a parent comes before its children), begin with the root and hold the parent of
@@ -38,5 +121,24 @@ class Method(ABC):
         by `cycle.stage`.
         """
 
-    def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:  # noqa: B027 - nor learn
+    def observe(  # noqa: B027 - nor learn
+        self, cycle: "Cycle", nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict
+    ) -> None:
         """After verification, before the commit: the target's logits at `nodes`, the tree, the verdict."""
+
+
+def register(cls: type[Method]) -> None:
+    """Enter a method under its name; raises `ContractError` where the name, a preset or the configuration is another method's."""
+    config_class = cls.Config
+    if METHODS.get(cls.name, config_class) is not config_class:
+        raise ContractError(f"the method {cls.__name__} is called {cls.name}, as another one is; rename it.")
+    if config_class.__dict__.get("name", cls.name) != cls.name:
+        raise ContractError(f"{config_class.__name__} belongs to the method {config_class.name}; give {cls.name} a class of its own.")
+    config_class.name = cls.name
+    cls.presets = dict(cls.presets) or {cls.name: Preset(config_class(), cls.name.replace("_", " "))}
+    cls.shapes = dict(cls.shapes) or {name: preset.config for name, preset in cls.presets.items()}
+    for name, preset in cls.presets.items():
+        if PRESETS.get(name, preset.config).name != cls.name:
+            raise ContractError(f"the preset {name} of the method {cls.name} is {PRESETS[name].name}'s already; rename it.")
+        PRESETS[name], TITLES[name] = preset.config, preset.title
+    METHODS[cls.name], CLASSES[cls.name] = config_class, cls

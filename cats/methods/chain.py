@@ -1,10 +1,12 @@
 """Drafting a chain through an early exit: what CATS, Kangaroo and EAGLE-self's chain share."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from cats.state import Cycle
+if TYPE_CHECKING:
+    from cats.state import Cycle
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Chain:
     top_scores: list[list[float]]
 
 
-def draft_chain(cycle: Cycle, adapter: str, start: int, steps: int, threshold: float, topk: int) -> Chain:
+def draft_chain(cycle: "Cycle", adapter: str, start: int, steps: int, threshold: float, topk: int) -> Chain:
     """Draft up to `steps` tokens greedily after node `start`; from the second on, stop below `threshold`.
 
     The newest token runs through `[0, d)`, the adapter and lm_head; its best successor becomes the next node. Tokens stay

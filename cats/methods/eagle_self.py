@@ -5,25 +5,58 @@ log-probability are expanded with k children each; in the end all candidates com
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from cats.config import EagleSelfConfig
-from cats.methods.base import Method
+from cats.config import MethodConfig
+from cats.methods.base import Method, Preset
 from cats.methods.chain import draft_chain
-from cats.state import Cycle
+from cats.methods.drafting import STEPS, TOTAL_TOKENS, TREE_TOPK, check_tree
 from cats.tree import best_candidates
+
+if TYPE_CHECKING:
+    from cats.state import Cycle
 
 Candidate = tuple[float, int, int]
 
 
+@dataclass(frozen=True)
+class EagleSelfConfig(MethodConfig):
+    """EAGLE's drafting over the early exit: a chain of `steps`, or (tree_topk above 1) EAGLE-2's dynamic tree of depth `steps`."""
+
+    steps: int = field(default=5, metadata=STEPS)
+    tree_topk: int = field(default=1, metadata=TREE_TOPK)
+    total_tokens: int = field(default=-1, metadata=TOTAL_TOKENS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tree(self.tree_topk, self.total_tokens)
+
+    @property
+    def node_budget(self) -> int:
+        """Nodes of the tree, root included."""
+        return self.steps * self.tree_topk + 1 if self.total_tokens == -1 else self.total_tokens
+
+    @property
+    def draft_passes(self) -> int:
+        """See `MethodConfig`."""
+        return self.steps
+
+
 class EagleSelf(Method):
-    """See the module."""
+    """EAGLE's chain or EAGLE-2's dynamic tree, drafted by one adapter at an early exit."""
 
+    name = "eagle_self"
+    Config = EagleSelfConfig
+    presets = {
+        "eagle_self_chain": Preset(EagleSelfConfig(steps=5, tree_topk=1), "EAGLE-self chain"),
+        "eagle_self_tree": Preset(EagleSelfConfig(steps=5, tree_topk=10, total_tokens=60), "EAGLE-self tree, 60 nodes"),
+    }
+    shapes = {"eagle-chain": EagleSelfConfig(steps=4), "eagle-tree": EagleSelfConfig(steps=4, tree_topk=4, total_tokens=16)}
     adapters = ("draft",)
-
-    def __init__(self, config: EagleSelfConfig):
-        self.config = config
+    config: EagleSelfConfig
 
     @property
     def max_nodes(self) -> int:
@@ -31,7 +64,7 @@ class EagleSelf(Method):
         expanded = 1 + (self.config.steps - 1) * self.config.tree_topk
         return expanded + self.config.node_budget
 
-    def propose(self, cycle: Cycle) -> Sequence[int]:
+    def propose(self, cycle: "Cycle") -> Sequence[int]:
         """See `Method`."""
         with cycle.stage("draft"):
             if self.config.tree_topk == 1:
@@ -40,7 +73,7 @@ class EagleSelf(Method):
             chosen = best_candidates(candidates, self.config.node_budget - 1)
             return [0, *sorted(add_candidate(cycle, candidate) for candidate in chosen)]
 
-    def _grow(self, cycle: Cycle) -> list[Candidate]:
+    def _grow(self, cycle: "Cycle") -> list[Candidate]:
         """Expand level by level; returns every candidate ever offered, parents before children."""
         candidates: list[Candidate] = []
         level = [0]
@@ -51,7 +84,7 @@ class EagleSelf(Method):
                 level = [add_candidate(cycle, candidate) for candidate in best_candidates(offered, self.config.tree_topk)]
         return candidates
 
-    def _expand(self, cycle: Cycle, nodes: list[int]) -> list[Candidate]:
+    def _expand(self, cycle: "Cycle", nodes: list[int]) -> list[Candidate]:
         """The k best continuations of each node, as (cumulative score, parent, token)."""
         cycle.advance(nodes, cycle.state.exits["draft"])
         logits_TV = cycle.adapter_logits("draft", nodes)
@@ -62,7 +95,7 @@ class EagleSelf(Method):
         return offered
 
 
-def add_candidate(cycle: Cycle, candidate: Candidate) -> int:
+def add_candidate(cycle: "Cycle", candidate: Candidate) -> int:
     """Make a candidate a node of the tree (or find the node that it became earlier)."""
     score, parent, token = candidate
     return cycle.tree.add(parent, token, "trunk" if parent == 0 else "sibling", score - cycle.tree.scores[parent])

@@ -1,10 +1,31 @@
 """Prompt lookup (Saxena 2023): the text so far proposes what followed its last n-gram the last time. No model, no cost."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from cats.config import PromptLookupConfig
-from cats.methods.base import Method
-from cats.state import Cycle, DecodeState
+from cats.config import MethodConfig
+from cats.methods.base import Method, Preset
+from cats.planning.cost import Passes, Work
+
+if TYPE_CHECKING:
+    from cats.state import Cycle, DecodeState
+
+
+@dataclass(frozen=True)
+class PromptLookupConfig(MethodConfig):
+    """Prompt lookup: the last n-gram of up to `max_ngram` tokens, found earlier in the text, continued by `continuation` tokens."""
+
+    max_ngram: int = field(default=3, metadata={"help": "longest n-gram looked up in the text so far", "lowest": 1})
+    continuation: int = field(default=10, metadata={"help": "tokens taken from behind the match", "lowest": 1})
+
+    def label(self, exits: tuple[int, ...]) -> str:
+        """See `MethodConfig`."""
+        return f"prompt lookup, {self.continuation} tokens"
+
+    def work(self, passes: Passes, exits: tuple[int, ...], layers: int, nodes: float) -> Work:
+        """See `MethodConfig`."""
+        return passes.target(nodes, layers)
 
 
 class NgramIndex:
@@ -31,22 +52,24 @@ class NgramIndex:
 
 
 class PromptLookup(Method):
-    """A chain copied from the text."""
+    """A chain copied from what followed the text's last n-gram earlier."""
 
-    def __init__(self, config: PromptLookupConfig):
-        self.config = config
-        self._index = NgramIndex(config.max_ngram)
+    name = "prompt_lookup"
+    Config = PromptLookupConfig
+    presets = {"prompt_lookup": Preset(PromptLookupConfig(), "prompt lookup")}
+    shapes = {"prompt-lookup": PromptLookupConfig(max_ngram=2, continuation=5)}
+    config: PromptLookupConfig
 
     @property
     def max_nodes(self) -> int:
         """See `Method`."""
         return self.config.continuation + 1
 
-    def start(self, state: DecodeState) -> None:
+    def start(self, state: "DecodeState") -> None:
         """See `Method`."""
         self._index = NgramIndex(self.config.max_ngram)
 
-    def propose(self, cycle: Cycle) -> Sequence[int]:
+    def propose(self, cycle: "Cycle") -> Sequence[int]:
         """See `Method`."""
         with cycle.stage("draft"):
             nodes = [0]

@@ -18,14 +18,11 @@ of the largest matrices overlaps only in part: the share of `SERIAL` is an avera
 import itertools
 from dataclasses import dataclass
 
-from cats.config import AutoregressiveConfig, CascadeConfig, KangarooConfig, MethodConfig, PromptLookupConfig
 from cats.planning.plan import MemoryPlan, ModelSizes, window
 from cats.planning.profile import AcceptancePoint, MachineProfile, seconds_for
 
 SERIAL = ((1.0, 0.6), (2.0, 0.15), (3.0, 0.0))
 """(size of the ring in largest matrices, share of the lesser of reading and computing that is not hidden)."""
-PRICED = (AutoregressiveConfig, PromptLookupConfig, KangarooConfig, CascadeConfig)
-"""Methods whose cycles can be priced."""
 
 
 @dataclass(frozen=True)
@@ -82,45 +79,10 @@ class Passes:
 
 def work_of(point: AcceptancePoint, layers: int, machine: MachineProfile) -> Work:
     """One cycle of the method, in a model of so many layers."""
-    passes, method, rows = Passes(machine), point.method, point.nodes
-    if isinstance(method, CascadeConfig):
-        return cascade_work(passes, method, point.exits, layers, rows)
-    if isinstance(method, KangarooConfig):
-        drafting = rows * passes.run(1, point.exits[0]) + min(rows, method.steps) * passes.exit(1)
-        return passes.target(rows, layers - point.exits[0], drafting)
-    return passes.target(rows, layers)
-
-
-def cascade_work(passes: Passes, method: CascadeConfig, exits: tuple[int, ...], layers: int, nodes: float) -> Work:
-    """One cycle of CATS (cats/methods/cascade.py); of a tree, with a correction at every other place of the chain."""
-    draft_exit, shallow_exit = exits
-    rounds, steps, between = method.sv_passes, method.steps, shallow_exit - draft_exit
-    drafting = rounds * steps * (passes.run(1, draft_exit) + passes.exit(1))
-    checking = rounds * (passes.run(1, draft_exit) + passes.run(steps + 1, between) + passes.exit(steps + 1))
-    entering = fresh = max(nodes - rounds * (steps + 1), 0.0)
-    corrections = rounds * ((steps + 1) // 2)
-    if method.tree_topk > 1 and entering > corrections:
-        fresh -= corrections
-        checking += passes.run(corrections, draft_exit) + passes.exit(corrections)
-        checking += (method.branch_rounds - 1) * (passes.run(method.tree_topk, draft_exit) + passes.exit(method.tree_topk))
-    checking += passes.run(fresh, draft_exit) + passes.run(entering, between)
-    return passes.target(nodes, layers - shallow_exit, drafting, checking)
-
-
-def label_of(method: MethodConfig, exits: tuple[int, ...]) -> str:
-    """The method and its settings in a few words."""
-    if isinstance(method, CascadeConfig):
-        shape = "chain" if method.tree_topk == 1 else "tree"
-        whole = method.sv_passes * method.steps * method.tree_topk + 1 if method.total_tokens == -1 else method.total_tokens
-        nodes = f", {whole} nodes" if method.tree_topk > 1 else ""
-        rounds = f", {method.sv_passes} rounds" if method.sv_passes > 1 else ""
-        branches = f", {method.branch_rounds} branch rounds" if method.branch_rounds > 1 else ""
-        return f"CATS {shape}, exits {' and '.join(map(str, exits))}, {method.steps} steps{nodes}{rounds}{branches}"
-    if isinstance(method, KangarooConfig):
-        return f"Kangaroo, exit {exits[0]}, {method.steps} steps"
-    if isinstance(method, PromptLookupConfig):
-        return f"prompt lookup, {method.continuation} tokens"
-    return "plain decoding" if isinstance(method, AutoregressiveConfig) else method.name
+    work = point.method.work(Passes(machine), point.exits, layers, point.nodes)
+    if work is None:
+        raise ValueError(f"the cost of a cycle of {point.method.name} is not known")
+    return work
 
 
 def cycle_seconds(sizes: ModelSizes, plan: MemoryPlan, machine: MachineProfile, work: Work) -> CycleSeconds:

@@ -19,6 +19,7 @@ SAMPLING_BYTES = 32
 """What choosing a token takes per logit, at most: sampling with top-p sorts probabilities in float32, with indices of 8 bytes."""
 EXACT_PRECISION = "exact"
 ALL, BEHIND, HOSTED, LIBRARIES = "all layers", "pinned behind the front", "weights in host memory", "interpreter and libraries"
+BY_METHODS = "held by methods"
 STAGING_PLACES = 2
 """On a device, for pieces that are copied there in every pass."""
 
@@ -126,6 +127,7 @@ class Demand:
         interpreter_bytes: the process before any weight is loaded.
         views: that the method drafts with; what they need is resident.
         table: whether the embedding table is resident; else rows of it are read when their tokens occur.
+        held_bytes: of what methods keep with the model for its whole life.
     """
 
     front: int = 0
@@ -138,6 +140,7 @@ class Demand:
     interpreter_bytes: int = 0
     views: tuple[View, ...] = ()
     table: bool = False
+    held_bytes: int = 0
 
     def keeps(self, piece: Piece) -> bool:
         """Whether `piece` must be resident: drafting multiplies by it."""
@@ -287,6 +290,7 @@ def fixed_charges(sizes: ModelSizes, demand: Demand, covers: str) -> list[tuple[
         ("embedding table", held(sizes.table_bytes, covers) if demand.table else 0),
         ("norms and biases", (sizes.layers + 1) * sizes.other_layer_bytes),
         ("adapters", demand.adapters * sizes.adapter_bytes),
+        (BY_METHODS, demand.held_bytes),
     ]
     working = [
         (LIBRARIES, demand.interpreter_bytes),

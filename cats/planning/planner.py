@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cats.errors import BudgetError
-from cats.planning.cost import CycleSeconds, cycle_seconds, label_of, largest_window, work_of
+from cats.planning.cost import CycleSeconds, cycle_seconds, largest_window, work_of
 from cats.planning.plan import Demand, MemoryPlan, ModelSizes, amount, plan_memory
 from cats.planning.profile import AcceptancePoint, MachineProfile
 
@@ -28,7 +28,7 @@ class Option:
     @property
     def label(self) -> str:
         """In a few words."""
-        return label_of(self.point.method, self.point.exits)
+        return self.point.method.label(self.point.exits)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ Seconds are linear between the measured rows of a pass, and beyond them along th
 that were measured; nothing is said of others.
 """
 
-import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from cats.config import MethodConfig
 from cats.errors import CatsError
@@ -21,9 +21,10 @@ from cats.settings import as_record
 Table = tuple[tuple[int, float], ...]
 """(rows of a pass, seconds), ascending."""
 T = TypeVar("T")
+MethodOf = Callable[[Mapping[str, Any]], MethodConfig]
+"""The configuration of a record that `cats.settings.as_record` wrote; the methods themselves know it."""
 MACHINE_FORMAT = "cats machine profile 1"
 ACCEPTANCE_FORMAT = "cats acceptance profile 2"
-CONFIGS: dict[str, type[MethodConfig]] = {config.name: config for config in get_args(MethodConfig)}
 TABLES = ("pass_seconds", "layer_seconds", "head_seconds", "exit_seconds")
 
 
@@ -138,31 +139,18 @@ def save_acceptance(profile: AcceptanceProfile, path: Path) -> None:
     save(path, {"format": ACCEPTANCE_FORMAT, "points": points, "notes": profile.notes})
 
 
-def load_acceptance(path: Path) -> AcceptanceProfile:
+def load_acceptance(path: Path, method_of: MethodOf) -> AcceptanceProfile:
     """The profile in `path`; raises `CatsError` naming the file and what is wrong in it."""
-    return load(path, ACCEPTANCE_FORMAT, acceptance_of)
+    return load(path, ACCEPTANCE_FORMAT, partial(acceptance_of, method_of=method_of))
 
 
-def acceptance_of(fields: Mapping[str, Any]) -> AcceptanceProfile:
+def acceptance_of(fields: Mapping[str, Any], method_of: MethodOf) -> AcceptanceProfile:
     """An acceptance profile of a JSON object."""
     points = tuple(
-        AcceptancePoint(
-            method_of(point["method"]), tuple(map(int, point["exits"])), float(point["accepted"]), float(point["nodes"])
-        )
+        AcceptancePoint(method_of(point["method"]), tuple(map(int, point["exits"])), float(point["accepted"]), float(point["nodes"]))
         for point in fields["points"]
     )
     return AcceptanceProfile(points, tuple(map(str, fields.get("notes", ()))))
-
-
-def method_of(record: Mapping[str, Any]) -> MethodConfig:
-    """The configuration that `cats.settings.as_record` wrote."""
-    settings = dict(record)
-    name = settings.pop("name")
-    check(name in CONFIGS, f"the method {name!r} is unknown")
-    known = {field.name for field in dataclasses.fields(CONFIGS[name])}
-    check(settings.keys() <= known, f"{name} has no setting {', '.join(sorted(settings.keys() - known))}")
-    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    return CONFIGS[name](**given)
 
 
 def save(path: Path, fields: Mapping[str, Any]) -> None:
