@@ -192,7 +192,7 @@ def test_half_precision_follows_float32(speaking: TinyModel, data: Path, tmp_pat
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(speaking: TinyModel) -> None:
     adapter = AdapterModel.from_pretrained(speaking.draft).requires_grad_(True)
-    update = AdapterUpdate(adapter, AdapterRun((1,), steps=1), Accelerator(cpu=True))
+    update = AdapterUpdate(adapter, AdapterRun((1,), steps=1), Accelerator(cpu=True), "exit 1")
     before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
 
     def step(value: float) -> float:

@@ -72,6 +72,11 @@ class AdapterRun:
             if getattr(self, name) not in known:
                 raise CatsError(f"--{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
 
+    @property
+    def read_exits(self) -> tuple[int, ...]:
+        """Exits whose states are read."""
+        return self.exits
+
     def last_step(self, steps_per_epoch: int) -> float:
         """Optimizer steps after which the run ends; infinity where only hours bound it."""
         bounds = [self.epochs * steps_per_epoch, self.steps]

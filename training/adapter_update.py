@@ -1,11 +1,11 @@
-"""One adapter's optimizer: mean gradient over the whole step, clipping, and a guard that keeps NaN out of the weights."""
+"""The optimizer of one adapter or Medusa head: mean gradient over the step, clipping, and a guard that keeps NaN out of the weights."""
 
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from cats.adapter import AdapterModel
 from cats.errors import CatsError
 from training.adapter_run import AdapterRun
 from training.muon import Muon
@@ -15,10 +15,14 @@ BETAS = (0.9, 0.95)
 
 
 class AdapterUpdate:
-    """Everything between summed gradients and new weights of one adapter; adapters never influence each other."""
+    """Everything between summed gradients and new weights of one module; modules never influence each other.
 
-    def __init__(self, adapter: AdapterModel, run: AdapterRun, accelerator: Accelerator):
-        self.adapter, self.run, self.accelerator = adapter, run, accelerator
+    Args:
+        what: the module's name in messages.
+    """
+
+    def __init__(self, adapter: nn.Module, run: AdapterRun, accelerator: Accelerator, what: str):
+        self.adapter, self.run, self.accelerator, self.what = adapter, run, accelerator, what
         self.parameters = list(adapter.parameters())
         self.optimizers = build_optimizers(adapter, run)
         self.skipped = 0
@@ -48,8 +52,7 @@ class AdapterUpdate:
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped >= SKIPPED_IN_A_ROW:
             raise CatsError(
-                f"the gradient of exit {self.adapter.exit_layer} was not finite for {SKIPPED_IN_A_ROW} steps in a row; "
-                "lower --lr or use --precision fp32."
+                f"the gradient of {self.what} was not finite for {SKIPPED_IN_A_ROW} steps in a row; lower --lr or use --precision fp32."
             )
 
     def _sum_over_processes(self) -> None:
@@ -75,8 +78,8 @@ class AdapterUpdate:
         self.skipped = state["skipped"]
 
 
-def build_optimizers(adapter: AdapterModel, run: AdapterRun) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers of one adapter with their peak learning rates: AdamW for all, or Muon for matrices and AdamW for norms."""
+def build_optimizers(adapter: nn.Module, run: AdapterRun) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers of one module with their peak learning rates: AdamW for all, or Muon for matrices and AdamW for norms."""
     matrices = [parameter for parameter in adapter.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in adapter.parameters() if parameter.ndim != 2]
     norms = {"params": others, "weight_decay": 0.0}

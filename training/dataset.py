@@ -39,13 +39,14 @@ class Batch:
 
     That is `final`, the states that leave the last layer, before the final norm [B, N, D], or where it is None `best`, its
     most likely tokens [B, N, K]. `counted_BN` is true where the token counts in the loss: answer tokens, or all tokens; never
-    padding.
+    padding. `ids_BN` are the tokens themselves, 0 in padding, where the source has them.
     """
 
     hidden: dict[int, torch.Tensor]
     final: torch.Tensor | None
     counted_BN: torch.Tensor
     best: BestTokens | None = None
+    ids_BN: torch.Tensor | None = None
 
 
 class RowSource(Protocol):
@@ -149,8 +150,9 @@ class TextSource:
         """See `RowSource`. Padding stands on the right, so causal attention never sees it."""
         ids_BN, counted_BN = self.rows.padded(rows)
         last = self.base.layer_count
+        ids_BN = ids_BN.to(self.base.device)
         with torch.inference_mode():
-            states = self.base.hidden_states(ids_BN.to(self.base.device), (*self.exits, last))
+            states = self.base.hidden_states(ids_BN, (*self.exits, last))
         # Copies, because autograd refuses to save tensors made under inference mode; `final` needs no gradient.
         hidden = {exit_layer: states[exit_layer].clone() for exit_layer in self.exits}
-        return Batch(hidden, states[last], counted_BN.to(self.base.device))
+        return Batch(hidden, states[last], counted_BN.to(self.base.device), ids_BN=ids_BN)

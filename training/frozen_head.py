@@ -24,10 +24,14 @@ class FrozenHead:
         return cls(norm, config.rms_norm_eps, head)
 
     @torch.no_grad()
+    def normed(self, final_PD: torch.Tensor) -> torch.Tensor:
+        """What enters the head, from the output of the last layer: the final norm, in float32."""
+        return torch.nn.functional.rms_norm(final_PD.float(), self.norm_D.shape, self.norm_D.float(), self.epsilon)
+
+    @torch.no_grad()
     def target_logits(self, final_PD: torch.Tensor) -> torch.Tensor:
         """The base model's own logits from the output of its last layer, before the final norm. Shape [P, V]."""
-        normed = torch.nn.functional.rms_norm(final_PD.float(), self.norm_D.shape, self.norm_D.float(), self.epsilon)
-        return normed.to(self.lm_head_VD.dtype) @ self.lm_head_VD.T
+        return self.normed(final_PD).to(self.lm_head_VD.dtype) @ self.lm_head_VD.T
 
     def logits(self, y_PD: torch.Tensor) -> torch.Tensor:
         """Logits of adapter outputs; gradients reach `y_PD` only. Shape [P, V]."""

@@ -121,12 +121,12 @@ class StoredSource:
         """See `RowSource`; states are float32 where they were stored so, else in their half precision."""
         chosen = self.rows[rows]
         target = ("best_probabilities", "best_indices") if self.has_best else ("final",)
-        names = [*(f"hidden_{exit_layer}" for exit_layer in self.exits), *target, "counted"]
+        names = [*(f"hidden_{exit_layer}" for exit_layer in self.exits), *target, "counted", "ids"]
         pieces = [self._read(row, names) for row in chosen]
         padded = {name: pad_sequence([piece[name] for piece in pieces], batch_first=True).to(self.device) for name in names}
         hidden = {exit_layer: padded[f"hidden_{exit_layer}"] for exit_layer in self.exits}
         best = BestTokens(padded["best_probabilities"], padded["best_indices"]) if self.has_best else None
-        return Batch(hidden, padded.get("final"), padded["counted"].bool(), best)
+        return Batch(hidden, padded.get("final"), padded["counted"].bool(), best, padded["ids"].long())
 
     def _read(self, row: int, names: list[str]) -> dict[str, torch.Tensor]:
         file, start = self._shard(int(self.shard_R[row])), int(self.start_R[row])

@@ -54,8 +54,35 @@ def arguments_parser() -> argparse.ArgumentParser:
     """All flags; the defaults of the settings are those of `AdapterRun`."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model-path", help="base checkpoint directory; default: the environment variable CATS_BASE_MODEL")
     data.add_argument("--exit-layers", type=int, nargs="+", required=True, dest="exits")
+    add_data(data)
+    start = parser.add_argument_group("start and result")
+    start.add_argument("--init", choices=INITS, help="where adapters start (default: fitted); see docs/training.md")
+    start.add_argument("--block", choices=BLOCKS, help="the adapter's layer: attention alone (default), or a decoder block with its MLP")
+    start.add_argument("--init-adapter", nargs="+", default=[], help="adapter directories to start from, one per exit")
+    start.add_argument("--configpath", help="adapter template; default: derived from the base")
+    start.add_argument("--outdir", required=True, help="checkpoint, logs and one adapter directory per exit")
+    start.add_argument("--names", nargs="+", help="names of the adapter directories; default: exit<l>")
+    start.add_argument("--save-dtype", choices=tuple(DTYPES), default="float32", help="of the adapters as written (default: %(default)s)")
+    start.add_argument("--bin", action="store_true", help="also write pytorch_model.bin")
+    training = parser.add_argument_group("training")
+    add_settings(training)
+    training.add_argument("--topk", type=int, help="target tokens in the loss (default 20); 0: full KL")
+    training.add_argument("--drafts", type=int, help="chain length of the simulated accepted length (default 5)")
+    parser.add_argument("--stop-epoch", type=int, default=0, help="stop after this epoch of a longer run (for drivers)")
+    add_machine(parser)
+    return parser
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Flags of where the work is done."""
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where an accelerator is present")
+
+
+def add_data(data: argparse._ArgumentGroup) -> None:
+    """Flags of the base model and of what is learnt from it."""
+    data.add_argument("--model-path", help="base checkpoint directory; default: the environment variable CATS_BASE_MODEL")
     data.add_argument("--data-path", help="ShareGPT conversations for training on the fly")
     data.add_argument("--validation-path", help="held-out conversations; without it every 50th conversation is held out")
     data.add_argument("--data-home", help="states stored by ge_data, instead of --data-path")
@@ -69,34 +96,19 @@ def arguments_parser() -> argparse.ArgumentParser:
     data.add_argument("--every-token", action="store_true", help="learn at every token, not only at answer tokens")
     data.add_argument("--dtype", default=None, help="dtype that the base is held in; default: float32 on CPU, as stored elsewhere")
     data.add_argument("--compute-dtype", help="dtype of its arithmetic; default: float32 on CPU, that of --dtype elsewhere")
-    start = parser.add_argument_group("start and result")
-    start.add_argument("--init", choices=INITS, help="where adapters start (default: fitted); see docs/training.md")
-    start.add_argument("--block", choices=BLOCKS, help="the adapter's layer: attention alone (default), or a decoder block with its MLP")
-    start.add_argument("--init-adapter", nargs="+", default=[], help="adapter directories to start from, one per exit")
-    start.add_argument("--configpath", help="adapter template; default: derived from the base")
-    start.add_argument("--outdir", required=True, help="checkpoint, logs and one adapter directory per exit")
-    start.add_argument("--names", nargs="+", help="names of the adapter directories; default: exit<l>")
-    start.add_argument("--save-dtype", choices=tuple(DTYPES), default="float32", help="of the adapters as written (default: %(default)s)")
-    start.add_argument("--bin", action="store_true", help="also write pytorch_model.bin")
-    add_settings(parser.add_argument_group("training"))
-    parser.add_argument("--stop-epoch", type=int, default=0, help="stop after this epoch of a longer run (for drivers)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where an accelerator is present")
-    return parser
 
 
-def add_settings(group: argparse._ArgumentGroup) -> None:
-    """Flags of the numbers and choices in `AdapterRun`."""
+def add_settings(group: argparse._ArgumentGroup, lr: str = "3e-3") -> None:
+    """Flags of the numbers and choices in `AdapterRun` that Medusa's heads share; `lr` is the default that the help names."""
     group.add_argument("--rows", "--batch-size", type=int, help="rows in one forward of one process (default 16)")
     group.add_argument("--length", type=int, help="tokens of a row (default 256)")
     group.add_argument("--accumulate", type=int, help="forwards per optimizer step (default 1)")
-    group.add_argument("--topk", type=int, help="target tokens in the loss (default 20); 0: full KL")
     group.add_argument("--samples", type=int, help="tokens drawn for the normaliser beside all targets (default 2048); 0: whole vocabulary")
     group.add_argument("--epochs", type=int)
     group.add_argument("--steps", type=int, help="optimizer steps")
     group.add_argument("--hours", type=float)
     group.add_argument("--optimizer", choices=OPTIMIZERS)
-    group.add_argument("--lr", type=float, help="peak learning rate of AdamW (default 3e-3)")
+    group.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default {lr})")
     group.add_argument("--muon-lr", type=float)
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--warmup", type=int, help="optimizer steps (default 20)")
@@ -104,7 +116,6 @@ def add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--clip", type=float, help="largest gradient norm (default 1; 0: off)")
     group.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the adapters; their weights stay float32")
     group.add_argument("--seed", type=int)
-    group.add_argument("--drafts", type=int, help="chain length of the simulated accepted length (default 5)")
     group.add_argument("--validation-rows", type=int, help="rows per validation (default 64)")
     group.add_argument("--report-steps", type=int, help="also validate before the first and after every so many optimizer steps")
     group.add_argument("--save-minutes", type=float)
@@ -112,9 +123,14 @@ def add_settings(group: argparse._ArgumentGroup) -> None:
 
 def run_of(arguments: argparse.Namespace) -> AdapterRun:
     """The settings of a command line; flags that were not given keep the defaults of `AdapterRun`."""
-    names = {field.name for field in fields(AdapterRun)}
+    return AdapterRun(**given_settings(arguments, AdapterRun) | {"exits": tuple(arguments.exits)})
+
+
+def given_settings(arguments: argparse.Namespace, settings: type[AdapterRun]) -> dict[str, Any]:
+    """Those of the settings that a command line gives."""
+    names = {field.name for field in fields(settings)}
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
-    return AdapterRun(**given | {"exits": tuple(arguments.exits), "packed": arguments.rows_from == "packed"})
+    return given | {"packed": arguments.rows_from == "packed"}
 
 
 def split_conversations(arguments: argparse.Namespace) -> tuple[list[Conversation], list[Conversation]]:
@@ -137,15 +153,15 @@ def text_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch.d
         token_rows(encode_chats(text, chats, base.context), run.length, run.packed, run.every_token)
         for chats in (train, held[: 20 * run.validation_rows])
     )
-    return TextSource(train_rows, base, run.exits), TextSource(held_rows, base, run.exits)
+    return TextSource(train_rows, base, run.read_exits), TextSource(held_rows, base, run.read_exits)
 
 
 def stored_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch.device) -> tuple[RowSource, RowSource]:
     """Training and validation rows from stored states; the base model is not loaded."""
-    everything = StoredSource(arguments.data_home, run.exits, run.length, device)
+    everything = StoredSource(arguments.data_home, run.read_exits, run.length, device)
     if arguments.validation_home:
-        check_states(arguments.validation_home, run.exits, read_config(arguments.model_path).hidden_size)
-        return everything, StoredSource(arguments.validation_home, run.exits, run.length, device)
+        check_states(arguments.validation_home, run.read_exits, read_config(arguments.model_path).hidden_size)
+        return everything, StoredSource(arguments.validation_home, run.read_exits, run.length, device)
     held = np.arange(0, len(everything), HELD_OUT_EVERY)
     train = np.setdiff1d(np.arange(len(everything)), held)
     return everything.subset(train if len(train) else held), everything.subset(held)
@@ -160,7 +176,7 @@ def sources_of(arguments: argparse.Namespace, run: AdapterRun, device: torch.dev
     for name in ("start", "end", "template", "dtype", "compute_dtype", "every_token", "validation_path"):
         if getattr(arguments, name):
             raise CatsError(f"--{name.replace('_', '-')} was decided when the states were stored; leave it out with --data-home.")
-    identity = check_states(arguments.data_home, run.exits, read_config(arguments.model_path).hidden_size)
+    identity = check_states(arguments.data_home, run.read_exits, read_config(arguments.model_path).hidden_size)
     return *stored_sources(arguments, run, device), identity
 
 
@@ -208,14 +224,14 @@ def adapter_names(arguments: argparse.Namespace) -> list[str]:
     return arguments.names or [f"exit{exit_layer}" for exit_layer in arguments.exits]
 
 
-def step_writer(board: SummaryWriter) -> Callable[[dict[str, Any]], None]:
-    """Puts losses, gradient norms and the learning rate of a step on TensorBoard."""
+def step_writer(board: SummaryWriter, unit: str) -> Callable[[dict[str, Any]], None]:
+    """Puts losses, gradient norms and the learning rate of a step on TensorBoard; `unit` is what is trained, "exit" or "head"."""
 
     def write(entry: dict[str, Any]) -> None:
         board.add_scalar("learning rate", entry["lr"], entry["step"])
         for kind in ("loss", "gradient_norm"):
-            for exit_layer, value in entry[kind].items():
-                board.add_scalar(f"exit {exit_layer}/{kind.replace('_', ' ')}", value, entry["step"])
+            for number, value in entry[kind].items():
+                board.add_scalar(f"{unit} {number}/{kind.replace('_', ' ')}", value, entry["step"])
 
     return write
 
@@ -272,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.train(stop_epoch=arguments.stop_epoch)
         return
     with SummaryWriter(Path(arguments.outdir) / "tensorboard", purge_step=trainer.step + 1) as board:
-        trainer.train(step_writer(board), report_writer(board, trainer, arguments), arguments.stop_epoch)
+        trainer.train(step_writer(board, trainer.unit), report_writer(board, trainer, arguments), arguments.stop_epoch)
     export(trainer, arguments)
 
 
