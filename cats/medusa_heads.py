@@ -9,6 +9,7 @@ A directory of heads holds `config.json`, `model.safetensors` (`heads.<k-1>.weig
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from cats.checkpoint import load_strictly, tensor_forms
+from cats.dtypes import is_exact
 from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.linear import WorkSpace, replace_projections
@@ -58,16 +60,18 @@ class MedusaHeads(nn.Module):
         """What the head at `place` (from 0) gives to the lm_head. Shape [.., D]."""
         return x_PD + functional.silu(self.heads[place](x_PD))
 
-    def logits(self, x_1D: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
-        """Logits [K, V] of all heads at one state."""
-        states_KD = torch.cat([self.states(place, x_1D) for place in range(self.shape.heads)])
+    def logits(self, x_1D: torch.Tensor, count: int, lm_head: nn.Module) -> torch.Tensor:
+        """Logits [count, V] of the first heads at one state."""
+        states_KD = torch.cat([self.states(place, x_1D) for place in range(count)])
         if not self.shape.own_head:
             logits_KV: torch.Tensor = lm_head(states_KD)
             return logits_KV
-        return torch.cat([own(states_KD[place : place + 1]) for place, own in enumerate(self.lm_heads)])
+        return torch.cat([self.lm_heads[place](states_KD[place : place + 1]) for place in range(count)])
 
-    def compute_in(self, work: WorkSpace) -> None:
-        """Make the arithmetic that of the states, as the base's is; weights stay as held."""
+    def compute_in(self, dtype: torch.dtype, device: torch.device, work: WorkSpace) -> None:
+        """Make the arithmetic `dtype`, as the base's is; weights stay as held, unless `dtype` would round them in every product."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(device, parameter.dtype if is_exact(parameter.dtype, dtype) else dtype)
         replace_projections(self, work)
 
     @classmethod
@@ -113,6 +117,11 @@ def save_accuracy(directory: str | Path, accuracy: list[list[float]], positions:
     """Write `accuracy.json`: of every head, how often its first, second, .. guess was the token, and at how many positions it was seen."""
     path, content = Path(directory) / ACCURACY, {"accuracy": accuracy, "positions": positions}
     write_atomically(path, lambda part: part.write_text(json.dumps(content) + "\n"))
+
+
+def stored_bytes(directory: str | Path) -> int:
+    """Bytes of the heads' weights, as they are stored and will be held."""
+    return sum(form.dtype.itemsize * math.prod(form.shape) for form in tensor_forms(directory).values())
 
 
 def read_accuracy(directory: str | Path, heads: int) -> list[list[float]] | None:

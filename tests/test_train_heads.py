@@ -114,7 +114,7 @@ def test_loss_and_targets_are_those_of_a_plain_cross_entropy() -> None:
     x = torch.nn.functional.rms_norm(final[0, 2:5], (8,), frozen.norm_D, 1e-5)  # before the answer's tokens 3, 4, 5, each with one more
     logits = (x + torch.nn.functional.silu(heads.heads[0](x))) @ frozen.lm_head_VD.T
     wanted = torch.nn.functional.cross_entropy(logits, ids[0, 4:7], reduction="sum")
-    assert float(objective.learning_loss(1, lesson).detach()) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(objective.learning_loss(1, lesson).detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     assert lesson.targets[2].tolist() == ids[0, 5:7].tolist()
 
 
