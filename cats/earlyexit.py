@@ -79,7 +79,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
 
     def compile(self) -> None:
         """From now on run layers and the final norm compiled, where the kernels cover them (cats/kernels)."""
-        self.compiled = compiled_layers(self.layers, self.config, self.dtype)
+        self.compiled = compiled_layers(self.layers, self.config, self.dtype, source=self.source)
         if self.compiled is not None:
             self.norm = compiled_norm(self.norm)
 
@@ -181,11 +181,14 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         return passes
 
     def _stretch(self, groups: Sequence[Rows], start: int, end: int, view: View) -> int:
-        """Take every group through the resident layers that begin at `start`, compiled, in one call each; returns where they end."""
+        """Take every group through the layers that begin at `start`, compiled, in one call each; returns where they end.
+
+        They end at the first layer that streams, since several groups share its stream; a single group goes on.
+        """
         compiled = self.compiled
         if compiled is None or view != EXACT or not all(compiled.takes(group) for group in groups):
             return start
-        stop = compiled.stretch(start, end)
+        stop = end if len(groups) == 1 else compiled.stretch(start, end)
         for group in groups if stop > start else ():
             compiled.run(group, start, stop)
         return stop

@@ -181,7 +181,7 @@ def test_an_abandoned_answer_leaves_the_stream_usable(tiny: Tiny, kind: str) -> 
 def test_a_failure_in_the_middle_of_a_pass_leaves_the_stream_usable(tiny: Tiny, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamed(tiny("llama"), cats.MemoryOptions(pinning=False), kind)
     with monkeypatch.context() as patched:
-        patched.setattr(model.base, "_transform", lambda group, layer: 1 / (layer - 4))
+        patched.setattr(model.base.layers[4].mlp.up_proj, "open", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, "cascade-chain")
     assert_equal(run(model, "cascade-chain"), expected(tiny("llama"), "cascade-chain"))

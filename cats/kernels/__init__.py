@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 if TYPE_CHECKING:
     from cats.kernels.layers import CompiledLayers
+    from cats.runtime.store import Store
 
 SWITCH = "CATS_KERNELS"
 """Environment variable that switches them off, by "off"."""
@@ -46,12 +47,14 @@ def compiled_layers(
     config: PretrainedConfig,
     dtype: torch.dtype,
     beside: "CompiledLayers | None" = None,
+    source: "Store | None" = None,
 ) -> "CompiledLayers | None":
     """The compiled form of decoder layers, or None where they are not covered.
 
     Args:
         dtype: of the arithmetic.
         beside: other layers of the model, whose work space these use too.
+        source: where weights that are not resident come from.
     """
     if why_not() is not None:
         return None
@@ -60,7 +63,7 @@ def compiled_layers(
     chosen = list(layers)
     if not covers(chosen, config, dtype):
         return None
-    return CompiledLayers(chosen, config, Room() if beside is None else beside.room)
+    return CompiledLayers(chosen, config, Room() if beside is None else beside.room, source)
 
 
 def compiled_norm(norm: nn.Module) -> LlamaRMSNorm:

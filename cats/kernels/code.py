@@ -41,24 +41,24 @@ def host_features() -> dict[str, bool]:
         return {}
 
 
-def lanes_and_tiles() -> tuple[int, tuple[int, ...]]:
+def lanes_and_tile() -> tuple[int, int]:
     """Numbers in a vector, and how many rows of x a tile of four weight rows takes at most, so that its sums fill the registers.
 
-    (0, ()) where a fused multiply-add of vectors is not one instruction.
+    (0, 0) where a fused multiply-add of vectors is not one instruction.
     """
     features = host_features()
     if features.get("avx512f"):
-        return 16, (6, 4, 2, 1)
+        return 16, 6
     if features.get("avx2") and features.get("fma"):
-        return 8, (3, 2, 1)
+        return 8, 3
     if platform.machine().lower() in ("aarch64", "arm64"):
-        return 4, (5, 2, 1)
-    return 0, ()
+        return 4, 5
+    return 0, 0
 
 
-LANES, TILES = lanes_and_tiles()
-WEIGHT_ROWS, ALONE = 4, 8
-"""Weight rows of a tile, and of one for a single row of x."""
+LANES, TILE = lanes_and_tile()
+WEIGHT_ROWS, CACHE_LINE = 4, 64
+"""Weight rows of a tile; bytes that come from memory together."""
 
 Value = Any
 FLOAT, LONG, WORD, SHORT, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
@@ -113,6 +113,15 @@ def vector_function(b: Value, name: str, arguments: int) -> Callable[..., Value]
     return lambda *values: b.call(function, values)
 
 
+
+
+def prefetch(b: Value, address: Value) -> None:
+    """Begin to bring what lies at an address nearer; harmless where nothing is."""
+    kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), WORD, WORD, WORD])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(function, [pointer(b, address, BYTE), *(ir.Constant(WORD, value) for value in (0, 3, 1))])
+
+
 def splat(b: Value, scalar: Value) -> Value:
     """A scalar in every lane."""
     nothing = ir.Constant(vector(FLOAT), ir.Undefined)
@@ -158,46 +167,74 @@ class Span(NamedTuple):
         return Span(self.row(b, index), self.stride)
 
 
+def folded_together(b: Value, lanes: Sequence[Value]) -> Value:
+    """The sums over the lanes of 1, 2 or 4 vectors, as one vector of as many; each is bit for bit what `folded` makes."""
+    vectors, items, width = list(lanes), 1, LANES
+
+    def halves(low: bool) -> list[int]:
+        """Places of one half of every item in a pair of vectors, or in a single one."""
+        starts = range(0, items * width * min(len(vectors), 2), width)
+        return [start + (0 if low else width // 2) + place for start in starts for place in range(width // 2)]
+
+    while width > 1:
+        low, high = (ir.Constant(vector(WORD, items * width * min(len(vectors), 2) // 2), halves(which)) for which in (True, False))
+        nothing = ir.Constant(vectors[0].type, ir.Undefined)
+        pairs = [(one, nothing) for one in vectors] if len(vectors) == 1 else list(zip(vectors[::2], vectors[1::2], strict=True))
+        items *= min(len(vectors), 2)
+        vectors = [b.fadd(b.shuffle_vector(*pair, low), b.shuffle_vector(*pair, high)) for pair in pairs]
+        width //= 2
+    return vectors[0]
+
+
 def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: Span, length: Value) -> None:
-    """`y[t, r] = sum over i of weights[r, i] * x[t, i]` for the few rows of a `shape` of (kind, weight rows, rows of x)."""
+    """`y[t, r] = sum over i of weights[r, i] * x[t, i]` for the few rows of a `shape` of (kind, weight rows, rows of x).
+
+    A single row of x meets the weight rows one after the other, since memory is fastest read in one sweep. Several rows of x meet them
+    together, and meanwhile the weight rows of the next tile are brought nearer in one sweep.
+    """
     kind, rows, columns = shape
     fma, zero, item = vector_function(b, "fma", 3), floats(0.0), ITEM_BYTES[kind]
     sums = [[cgutils.alloca_once(b, vector(FLOAT)) for _ in range(columns)] for _ in range(rows)]
     for place in (place for row in sums for place in row):
         b.store(zero, place)
     w_at, x_at = [weights.row(b, r) for r in range(rows)], [x.row(b, t) for t in range(columns)]
+    full = whole(b, length, LANES)
+    rest = b.sub(length, full)
+    w_from, w_bytes, x_from, x_bytes = (b.mul(count, number(size)) for size in (item, 4) for count in (full, rest))
 
-    def add(weight_at: Callable[[Value], Value], x_vectors: Sequence[Value]) -> None:
-        for r in range(rows):
+    def add(chosen: range, weight_at: Callable[[Value], Value], x_vectors: Sequence[Value]) -> None:
+        for r in chosen:
             weight = upcast(b, weight_at(w_at[r]), kind)
             for t in range(columns):
                 b.store(fma(weight, x_vectors[t], b.load(sums[r][t])), sums[r][t])
 
-    full = whole(b, length, LANES)
-    with counting(b, number(0), full, LANES) as i:
-        w_offset, x_offset = b.mul(i, number(item)), b.mul(i, number(4))
-        add(lambda at: load_vector(b, b.add(at, w_offset), STORED[kind]), [load_vector(b, b.add(at, x_offset)) for at in x_at])
-    rest = b.sub(length, full)
+    for chosen in (range(r, r + 1) for r in range(rows)) if columns == 1 else (range(rows),):
+        with counting(b, number(0), full, LANES) as i:
+            w_offset, x_offset = b.mul(i, number(item)), b.mul(i, number(4))
+            ahead = b.add(weights.row(b, rows), b.mul(w_offset, number(rows)))
+            for line in range(0, rows * LANES * item if columns > 1 else 0, CACHE_LINE):
+                prefetch(b, b.add(ahead, number(line)))
+            x_vectors = [load_vector(b, b.add(at, x_offset)) for at in x_at]
+            add(chosen, lambda at: load_vector(b, b.add(at, w_offset), STORED[kind]), x_vectors)
     with b.if_then(b.icmp_signed(">", rest, number(0)), likely=False):
-        w_from, w_bytes, x_from, x_bytes = (b.mul(count, number(size)) for size in (item, 4) for count in (full, rest))
         tails = [load_tail(b, b.add(at, x_from), x_bytes) for at in x_at]
-        add(lambda at: load_tail(b, b.add(at, w_from), w_bytes, STORED[kind]), tails)
+        add(range(rows), lambda at: load_tail(b, b.add(at, w_from), w_bytes, STORED[kind]), tails)
     for t in range(columns):
-        for r in range(rows):
-            place = pointer(b, b.add(y.row(b, t), number(4 * r)), FLOAT)
-            b.store(folded(b, b.load(sums[r][t]), b.fadd), place)
+        together = folded_together(b, [b.load(sums[r][t]) for r in range(rows)])
+        b.store(together, pointer(b, y.row(b, t), vector(FLOAT, rows)), align=4)
 
 
 def emit_product(b: Value, kind: int, weights: Span, x: Span, y: Span, length: Value, rows: Value, columns: Value) -> None:
-    """`y[t, r]` for all rows of the weights and of x (here: columns), in tiles."""
-    alone = b.icmp_signed("==", columns, number(1))
-    by_eight = b.select(alone, whole(b, rows, ALONE), number(0))
-    by_four = b.add(by_eight, whole(b, b.sub(rows, by_eight), WEIGHT_ROWS))
-    for first, last, size in ((number(0), by_eight, ALONE), (by_eight, by_four, WEIGHT_ROWS), (by_four, rows, 1)):
+    """`y[t, r]` for all rows of the weights and of x (here: columns), in tiles, of as equal a width as can be."""
+    by_four, groups = whole(b, rows, WEIGHT_ROWS), b.sdiv(b.add(columns, number(TILE - 1)), number(TILE))
+    narrow, wider = b.sdiv(columns, groups), b.srem(columns, groups)
+    for first, last, size in ((number(0), by_four, WEIGHT_ROWS), (by_four, rows, 1)):
         with counting(b, first, last, size) as r:
             from_row, done = weights.below(b, r), number(0)
-            for tile in (1,) if size == ALONE else TILES:
-                end = b.add(done, whole(b, b.sub(columns, done), tile))
+            for tile in range(TILE, 0, -1):
+                is_narrow, is_wide = (b.icmp_signed("==", width, number(tile)) for width in (narrow, b.add(narrow, number(1))))
+                tiles = b.select(is_wide, wider, b.select(is_narrow, b.sub(groups, wider), number(0)))
+                end = b.add(done, b.mul(tiles, number(tile)))
                 with counting(b, done, end, tile) as t:
                     target = Span(b.add(y.row(b, t), b.mul(r, number(4))), y.stride)
                     emit_tile(b, (kind, size, tile), from_row, x.below(b, t), target, length)
@@ -451,9 +488,23 @@ def load_atomically(typing: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
+@intrinsic
+def store_atomically(typing: Any, address: Any, value: Any) -> Any:
+    """Set a 64-bit number that threads share."""
+
+    def codegen(context: Any, b: Value, signature: Any, arguments: Sequence[Value]) -> Value:
+        b.store_atomic(arguments[1], pointer(b, arguments[0], LONG), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 yield_processor = types.ExternalFunction("sched_yield", types.int32())
+sleep_microseconds = types.ExternalFunction("usleep", types.int32(types.uint32))
 SPINS = 2000
-"""Looks at a barrier before a thread offers its processor to others."""
+"""Looks at what another thread has to do before a thread offers its processor to others."""
+NAP = 20
+"""Microseconds between looks at a matrix that is still to come."""
 
 
 @intrinsic
@@ -500,14 +551,19 @@ class Sizes(NamedTuple):
     epsilon: np.float32
 
 
+AWAITED, ABANDONED = 1, 2
+"""Words of a matrix that is still to come, and of one that will not."""
+
+
 class Weights(NamedTuple):
-    """Addresses by layer: matrices, with their kinds, and biases [L, 7] in the order of use (q, k, v, o, gate, up, down), norms [L, 4]
-    (before attention, before the MLP, of queries, of keys). 0 where there is none. Biases and norms are float32."""
+    """By layer: words of the matrices, and addresses of the biases, [L, 7] in the order of use (q, k, v, o, gate, up, down), addresses of
+    the norms [L, 4] (before attention, before the MLP, of queries, of keys). A matrix's word is 4 times its address plus its kind. 0 where
+    there is none. Biases and norms are float32. `done` [L, 7] counts how often a thread was through with a matrix."""
 
     matrices: np.ndarray
-    kinds: np.ndarray
     biases: np.ndarray
     norms: np.ndarray
+    done: np.ndarray
 
 
 class Group(NamedTuple):
@@ -568,6 +624,24 @@ def meet(crew: Crew) -> None:
         spins += 1
         if spins > SPINS:
             yield_processor()
+
+
+@compiled
+def arrived(place: int) -> int:
+    """The word of a matrix, once it is there."""
+    spins, word = 0, load_atomically(place)
+    while word == AWAITED:
+        spins += 1
+        if spins > SPINS:
+            sleep_microseconds(NAP)
+        word = load_atomically(place)
+    return word
+
+
+@compiled
+def publish(place: int, word: int) -> None:
+    """Set the word of a matrix that threads wait for."""
+    store_atomically(place, word)
 
 
 @compiled
@@ -724,8 +798,8 @@ def after_product(crew: Crew, sizes: Sizes, layer: int, matrix: int, weights: We
 
 
 @inlined
-def run_matrix(crew: Crew, counter: int, sizes: Sizes, layer: int, matrix: int, weights: Weights, group: Group, space: Space) -> None:
-    """A layer's product with one matrix, and what comes before and after it."""
+def run_matrix(crew: Crew, counter: int, sizes: Sizes, layer: int, matrix: int, weights: Weights, group: Group, space: Space) -> bool:
+    """A layer's product with one matrix, and what comes before and after it; False where the matrix will not come."""
     before_product(crew, sizes, layer, matrix, weights, group, space)
     if matrix == OUTPUT:
         attend_rows(crew, counter + 1, sizes, layer, group, space)
@@ -744,9 +818,14 @@ def run_matrix(crew: Crew, counter: int, sizes: Sizes, layer: int, matrix: int, 
     else:
         target = space.gates if matrix == GATE else space.ups
         y, y_stride, rows = target.ctypes.data, target.strides[0], sizes.inner
-    address, bias, count = weights.matrices[layer, matrix], weights.biases[layer, matrix], len(group.hidden_TD)
-    product(crew, counter, weights.kinds[layer, matrix], address, bias, x, x_stride, y, y_stride, length, rows, count)
+    place, bias, count = 8 * (layer * MATRICES + matrix), weights.biases[layer, matrix], len(group.hidden_TD)
+    word = arrived(weights.matrices.ctypes.data + place)
+    if word == ABANDONED:
+        return False
+    product(crew, counter, word & 3, word >> 2, bias, x, x_stride, y, y_stride, length, rows, count)
+    add_atomically(weights.done.ctypes.data + place, 1)
     after_product(crew, sizes, layer, matrix, weights, group, space)
+    return True
 
 
 @compiled
@@ -757,7 +836,8 @@ def run_layers(
     for layer in range(start, stop):
         for matrix in range(first, last):
             counter = (layer - start) * COUNTERS + matrix + (1 if matrix > OUTPUT else 0)
-            run_matrix(crew, counter, sizes, layer, matrix, weights, group, space)
+            if not run_matrix(crew, counter, sizes, layer, matrix, weights, group, space):
+                return
 
 
 @compiled

@@ -1,8 +1,8 @@
 """Decoder layers, products and norms of a loaded model, run by the compiled code; which models it covers."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,9 +16,14 @@ from cats.kernels.team import team
 from cats.kv_cache import head_dim
 from cats.rows import Rows
 
+if TYPE_CHECKING:
+    from cats.runtime.store import Store
+
 KINDS = {torch.bfloat16: code.BF16, torch.float16: code.F16, torch.float32: code.F32}
 MATRICES = ATTENTION + GATED_MLP
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+LOOK_SECONDS = 0.0002
+"""Between looks at whether a matrix has been used."""
 WHOLE, ATTENDS, TRANSFORMS = (code.QUERY, code.MATRICES), (code.QUERY, code.GATE), (code.GATE, code.MATRICES)
 """The matrices of a layer and of its sublayers, from the first to behind the last."""
 
@@ -84,17 +89,18 @@ class CompiledLayers:
         layers: in order; their projections are `cats.linear.Linear`.
         config: shapes and epsilon.
         room: work space, shared with other layers of the model.
+        source: where weights that are not resident come from.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], config: PretrainedConfig, room: Room):
-        self.room, heads, kv_heads = room, config.num_attention_heads, config.num_key_value_heads
+    def __init__(self, layers: Sequence[nn.Module], config: PretrainedConfig, room: Room, source: "Store | None" = None):
+        self.room, self.source, heads, kv_heads = room, source, config.num_attention_heads, config.num_key_value_heads
         self.sizes = code.Sizes(heads, kv_heads, head_dim(config), config.intermediate_size, np.float32(config.rms_norm_eps))
         self.projections = [[part(layer, name) for name in MATRICES] for layer in layers]
-        matrices = [[address(linear and linear.weight) for linear in row] for row in self.projections]
-        kinds = [[kind_of(linear) for linear in row] for row in self.projections]
+        words = [[0 if linear is None or linear.open is not None else word(linear.weight) for linear in row] for row in self.projections]
         biases = [[address(linear and linear.bias) for linear in row] for row in self.projections]
         norms = [[address((norm := part(layer, name)) and norm.weight) for name in NORMS] for layer in layers]
-        self.weights = code.Weights(*(np.array(table, np.int64) for table in (matrices, kinds, biases, norms)))
+        tables = (np.array(table, np.int64) for table in (words, biases, norms))
+        self.weights = code.Weights(*tables, np.zeros((len(words), code.MATRICES), np.int64))
         self.resident = [all(linear is None or linear.open is None for linear in row) for row in self.projections]
 
     def takes(self, rows: Rows) -> bool:
@@ -107,17 +113,23 @@ class CompiledLayers:
             start += 1
         return start
 
+    def stretch(self, start: int, stop: int) -> int:
+        """The end of the resident layers that begin at `start`."""
+        while start < stop and self.resident[start]:
+            start += 1
+        return start
+
     def run(self, rows: Rows, start: int, stop: int) -> None:
-        """Take rows through the resident layers [start, stop)."""
+        """Take rows through the layers [start, stop)."""
         self._call(self._group(rows), start, stop, WHOLE)
 
     def attend(self, rows: Rows, layer: int) -> None:
         """Add the attention of a layer."""
-        self._run_sublayer(self._group(rows), layer, ATTENDS)
+        self._call(self._group(rows), layer, layer + 1, ATTENDS)
 
     def transform(self, rows: Rows, layer: int) -> None:
         """Add the MLP of a layer."""
-        self._run_sublayer(self._group(rows), layer, TRANSFORMS)
+        self._call(self._group(rows), layer, layer + 1, TRANSFORMS)
 
     def _group(self, rows: Rows) -> code.Group:
         """The rows as the compiled code wants them; their states are a copy."""
@@ -135,50 +147,72 @@ class CompiledLayers:
         rows.compiled = code.Group(hidden_TD, cos, sin, places, *sight.paths(), cache.storage[:, :, 0].numpy())
         return rows.compiled
 
-    def _run_sublayer(self, group: code.Group, layer: int, matrices: tuple[int, int]) -> None:
-        """A sublayer of which some matrices may come from the stream: each of these while it is open, those between them together."""
-        first, last = matrices
-        here = first
-        for matrix in range(first, last):
-            linear = self.projections[layer][matrix]
-            if linear is None or linear.open is None:
-                continue
-            if here < matrix:
-                self._call(group, layer, layer + 1, (here, matrix))
-            with self._arrived(layer, matrix, linear):
-                self._call(group, layer, layer + 1, (matrix, matrix + 1))
-            here = matrix + 1
-        if here < last:
-            self._call(group, layer, layer + 1, (here, last))
-
-    @contextmanager
-    def _arrived(self, layer: int, matrix: int, linear: Any) -> Iterator[None]:
-        """Inside the block a matrix that comes in parts has an address."""
-        with linear.open() as parts:
-            weight = linear.kind.rows(parts, 0, len(linear.weight)).contiguous()
-            weight = weight if weight.dtype in KINDS else weight.float()
-            self.weights.matrices[layer, matrix], self.weights.kinds[layer, matrix] = weight.data_ptr(), KINDS[weight.dtype]
-            yield
-
     def _call(self, group: code.Group, start: int, stop: int, matrices: tuple[int, int]) -> None:
         workers, (rows, width) = team(), group.hidden_TD.shape
         space = self.room.space(self.sizes, width, rows, group.cache.shape[3], workers.size)
-        last = min(matrices[1], code.MATRICES if self.projections[start][code.GATE] is not None else code.GATE)
-        if matrices[0] < last:
-            counters = (stop - start) * code.COUNTERS
-            workers.run(code.run_layers, counters, start, stop, matrices[0], last, self.sizes, self.weights, group, space)
+        first, last = matrices[0], min(matrices[1], code.MATRICES if self.projections[start][code.GATE] is not None else code.GATE)
+        if last <= first:
+            return
+        coming = [(layer, matrix) for layer in range(start, stop) if not self.resident[layer] for matrix in range(first, last)]
+        coming = [(layer, matrix) for layer, matrix in coming if self.projections[layer][matrix].open is not None]
+        for layer, matrix in coming:
+            self.weights.matrices[layer, matrix] = code.AWAITED
+        call = (code.run_layers, (stop - start) * code.COUNTERS, start, stop, first, last, self.sizes, self.weights, group, space)
+        if not coming:
+            workers.run(*call)
+            return
+        with workers.flight(*call):
+            self._bring(coming, workers.size)
+
+    def _bring(self, coming: Sequence[tuple[int, int]], threads: int) -> None:
+        """Tell the threads of a pass where the matrices are that are not resident, each as it arrives."""
+        told = 0
+        try:
+            for layer, matrix in coming:
+                place = 8 * (layer * code.MATRICES + matrix)
+                used = Used(self.weights.done[layer, matrix : matrix + 1], threads)
+                linear = self.projections[layer][matrix]
+                with linear.open() as parts:
+                    weight = linear.kind.rows(parts, 0, len(linear.weight)).contiguous()
+                    weight = weight if weight.dtype in KINDS else weight.float()
+                    code.publish(self.weights.matrices.ctypes.data + place, word(weight))
+                    told += 1
+                    if self.source is None or not any(part.data_ptr() == weight.data_ptr() for part in parts.values()):
+                        used.wait()
+                    else:
+                        self.source.busy_until(used)
+        finally:
+            for layer, matrix in coming[told:]:
+                code.publish(self.weights.matrices.ctypes.data + 8 * (layer * code.MATRICES + matrix), code.ABANDONED)
 
 
-def kind_of(linear: Any) -> int:
-    """Of a projection's weight; any of one that is not there, or comes in parts."""
-    return code.F32 if linear is None or linear.kind is not None else KINDS[linear.weight.dtype]
+class Used:
+    """The use of a matrix by the threads of a pass (an `Arrival` of cats/runtime/streamer.py)."""
+
+    def __init__(self, done: np.ndarray, threads: int):
+        self._done, self._goal = done, done[0] + threads
+
+    def query(self) -> bool:
+        """Whether all are through with it."""
+        return bool(self._done[0] >= self._goal)
+
+    def wait(self) -> None:
+        """Until they are."""
+        while not self.query():
+            time.sleep(LOOK_SECONDS)
+
+
+def word(weight: torch.Tensor) -> int:
+    """Where a matrix lies and of what kind it is, as `code.Weights` has it."""
+    return 4 * address(weight) + KINDS[weight.dtype]
 
 
 def warm_up() -> None:
     """Compile, or load from the cache, everything that models need."""
     numbers = np.zeros((1, code.LANES), np.float32)
     sizes = code.Sizes(1, 1, code.LANES, code.LANES, np.float32(1))
-    weights = code.Weights(*(np.zeros((1, count), np.int64) for count in (code.MATRICES, code.MATRICES, code.MATRICES, len(NORMS))))
+    weights = code.Weights(*(np.zeros((1, count), np.int64) for count in (code.MATRICES, code.MATRICES, len(NORMS), code.MATRICES)))
+    code.publish(weights.matrices.ctypes.data, 0)
     places, ends = np.zeros(1, np.int64), np.zeros(2, np.int64)
     cache = np.zeros((1, 2, 1, 1, code.LANES), np.float32)
     group = code.Group(numbers.copy(), numbers, numbers, places, places, places, ends, cache)

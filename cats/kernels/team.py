@@ -1,9 +1,10 @@
-"""Threads that run one compiled function together, the calling thread among them; the interpreter lock is released while they do."""
+"""Threads that run one compiled function together; the interpreter lock is released while they do."""
 
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,49 @@ APART = 16
 
 
 class Team:
-    """`size` threads, the caller's included; one function at a time."""
+    """`size` threads; one function at a time."""
 
     def __init__(self, size: int):
         self.size, self._turn = size, threading.Lock()
-        self._others = ThreadPoolExecutor(size - 1, "compiled-pass") if size > 1 else None
+        self._pool = ThreadPoolExecutor(size, "compiled-pass")
 
     def run(self, function: Callable[..., None], counters: int, *arguments: Any) -> None:
-        """Call `function(crew, *arguments)` in every thread; `counters` is how many counters of work it shares."""
+        """Call `function(crew, *arguments)` in every thread, the caller's among them; `counters` is how many counters of work it shares."""
         with self._turn:
             shared = np.zeros(APART + counters, np.int64)
-            first, *others = (Crew(me, self.size, shared.ctypes.data, shared.ctypes.data + 8 * APART) for me in range(self.size))
-            pending = [self._others.submit(function, crew, *arguments) for crew in others] if self._others is not None else []
+            first, *others = self._crews(shared)
+            pending = [self._pool.submit(function, crew, *arguments) for crew in others]
             function(first, *arguments)
             for done in pending:
                 done.result()
+
+    @contextmanager
+    def flight(self, function: Callable[..., None], counters: int, *arguments: Any) -> Iterator[None]:
+        """As `run`, beside the block; what the function waits for the block gives, also when it ends by an exception."""
+        with self._turn:
+            shared = np.zeros(APART + counters, np.int64)
+            pending = [self._pool.submit(function, crew, *arguments) for crew in self._crews(shared)]
+            try:
+                yield
+            finally:
+                land(pending)
+            for done in pending:
+                done.result()
+
+    def _crews(self, shared: np.ndarray) -> list[Crew]:
+        return [Crew(me, self.size, shared.ctypes.data, shared.ctypes.data + 8 * APART) for me in range(self.size)]
+
+
+def land(pending: list[Future[None]]) -> None:
+    """Wait for threads that are about to end; an interruption waits with them, since they still write to memory that others use next."""
+    interrupted = None
+    while not all(done.done() for done in pending):
+        try:
+            wait(pending)
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 _teams: dict[int, Team] = {}

@@ -20,7 +20,7 @@ from cats.runtime.budget import Ledger, give_back_freed_memory
 from cats.runtime.direct_file import DirectFile, read_tensor_into, window_bytes
 from cats.runtime.link import Link, check_rate, measure_read_rate
 from cats.runtime.staging import Staging, register
-from cats.runtime.streamer import Streamed, Streamer
+from cats.runtime.streamer import Arrival, Streamed, Streamer
 
 AT_ONCE = nullcontext()
 Opener = Callable[[], AbstractContextManager[Mapping[str, torch.Tensor]]]
@@ -233,6 +233,11 @@ class Store:
     def _arriving(self, piece: Piece) -> AbstractContextManager[torch.Tensor]:
         """A piece that is not resident, on the compute device, while it is being used."""
         return self._stream.tensor(self.names[piece]) if self._staging is None else self._copied(piece, self._staging)
+
+    def busy_until(self, used: Arrival) -> None:
+        """Keep the place of the piece opened last, if it is one of the ring, until its use is over, also when its block has ended."""
+        if self.streamer is not None:
+            self.streamer.busy_until(used)
 
     @contextmanager
     def _copied(self, piece: Piece, staging: Staging) -> Iterator[torch.Tensor]:

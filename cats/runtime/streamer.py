@@ -55,7 +55,7 @@ class Streamed:
 
 
 class Arrival(Protocol):
-    """A copy out of the ring, under way on a device (`torch.cuda.Event`)."""
+    """The use of a tensor in the ring by others: a copy under way on a device (`torch.cuda.Event`), or a product in other threads."""
 
     def query(self) -> bool:
         """Whether it is over."""
@@ -257,9 +257,10 @@ class Streamer:
         """Whether a `keeping` block is open."""
         return self._kept is not None
 
-    def busy_until(self, copied: Arrival) -> None:
-        """Keep the place of the tensor taken last until a device has copied it, also when its block has ended."""
-        self._held[-1].busy = copied
+    def busy_until(self, used: Arrival) -> None:
+        """Keep the place of the tensor taken last until its use is over (a device has copied it), also when its block has ended."""
+        for slot in self._held[-1:]:
+            slot.busy = used
 
     def _take(self, name: str) -> torch.Tensor:
         """Wait for a tensor, behind those that are held."""
