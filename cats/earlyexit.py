@@ -8,6 +8,7 @@ the model's `source` (`cats/runtime/store.py`) alone.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from cats.checkpoint import CONFIG_FAULTS
 from cats.errors import CatsError
 from cats.families import check_layers, check_rope, family_of, usable_context
-from cats.kernels import compiled_layers, compiled_norm
+from cats.kernels import compiled_layers, compiled_norm, leading
 from cats.kv_cache import KVCache
 from cats.linear import WorkSpace
 from cats.masks import Sight
@@ -82,6 +83,10 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         self.compiled = compiled_layers(self.layers, self.config, self.dtype, source=self.source)
         if self.compiled is not None:
             self.norm = compiled_norm(self.norm)
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """Around a step: whose threads they are, torch's or the kernels'."""
+        return AT_ONCE if self.compiled is None else leading()
 
     @property
     def device(self) -> torch.device:

@@ -237,14 +237,14 @@ def stream(
     acceptance = acceptance or build_acceptance(config, model.base.device)
     turns = model.base.turns
     with turns.answer() as place, ExitStack() as ending:
-        with turns.step(place):
+        with turns.step(place), model.base.stepping():
             state = DecodeState(model, prompt_ids, method.adapters, len(prompt_ids) + limits.room, method.max_nodes)
             ending.callback(state.close)
             step = read_prompt(state, acceptance, limits)
             method.start(state)
         yield step
         while step.finish is None:
-            with turns.step(place):
+            with turns.step(place), model.base.stepping():
                 step = decode_step(state, method, acceptance, limits)
             yield step
 

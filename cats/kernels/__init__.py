@@ -5,6 +5,7 @@ stands beside it. Optional: without numba, or on a processor that it has no vect
 import functools
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,3 +85,10 @@ def product(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None)
     from cats.kernels.layers import product as compiled
 
     return compiled(x, (weight_RK if weight_RK.dtype in KINDS else weight_RK.float()).contiguous(), bias)
+
+
+def leading() -> AbstractContextManager[None]:
+    """See `cats.kernels.team.leading`."""
+    from cats.kernels.team import leading as led
+
+    return led()

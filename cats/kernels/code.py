@@ -113,8 +113,6 @@ def vector_function(b: Value, name: str, arguments: int) -> Callable[..., Value]
     return lambda *values: b.call(function, values)
 
 
-
-
 def prefetch(b: Value, address: Value) -> None:
     """Begin to bring what lies at an address nearer; harmless where nothing is."""
     kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), WORD, WORD, WORD])
@@ -215,7 +213,7 @@ def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: 
             for line in range(0, rows * LANES * item if columns > 1 else 0, CACHE_LINE):
                 prefetch(b, b.add(ahead, number(line)))
             x_vectors = [load_vector(b, b.add(at, x_offset)) for at in x_at]
-            add(chosen, lambda at: load_vector(b, b.add(at, w_offset), STORED[kind]), x_vectors)
+            add(chosen, lambda at, offset=w_offset: load_vector(b, b.add(at, offset), STORED[kind]), x_vectors)  # type: ignore[misc]
     with b.if_then(b.icmp_signed(">", rest, number(0)), likely=False):
         tails = [load_tail(b, b.add(at, x_from), x_bytes) for at in x_at]
         add(range(rows), lambda at: load_tail(b, b.add(at, w_from), w_bytes, STORED[kind]), tails)

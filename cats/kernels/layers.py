@@ -99,19 +99,13 @@ class CompiledLayers:
         words = [[0 if linear is None or linear.open is not None else word(linear.weight) for linear in row] for row in self.projections]
         biases = [[address(linear and linear.bias) for linear in row] for row in self.projections]
         norms = [[address((norm := part(layer, name)) and norm.weight) for name in NORMS] for layer in layers]
-        tables = (np.array(table, np.int64) for table in (words, biases, norms))
-        self.weights = code.Weights(*tables, np.zeros((len(words), code.MATRICES), np.int64))
+        done = np.zeros((len(words), code.MATRICES), np.int64)
+        self.weights = code.Weights(np.array(words, np.int64), np.array(biases, np.int64), np.array(norms, np.int64), done)
         self.resident = [all(linear is None or linear.open is None for linear in row) for row in self.projections]
 
     def takes(self, rows: Rows) -> bool:
         """Whether such rows can be run."""
         return rows.sight.paths is not None and rows.cache is not None and rows.slots is not None
-
-    def stretch(self, start: int, stop: int) -> int:
-        """The end of the resident layers that begin at `start`."""
-        while start < stop and self.resident[start]:
-            start += 1
-        return start
 
     def stretch(self, start: int, stop: int) -> int:
         """The end of the resident layers that begin at `start`."""

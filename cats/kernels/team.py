@@ -68,9 +68,28 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_teams.clear)
 
 
-def team() -> Team:
-    """The team of as many threads as torch uses."""
+_leading = threading.local()
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """Inside the block, the calling thread's operations of torch run in it alone, and as many threads as torch was given compute here.
+
+    What is left to torch is small then, and its idle threads, which look out for work, would take processors from those at work.
+    """
     size = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _leading.size = size
+    try:
+        yield
+    finally:
+        _leading.size = None
+        torch.set_num_threads(size)
+
+
+def team() -> Team:
+    """The team of as many threads as torch was given."""
+    size = getattr(_leading, "size", None) or torch.get_num_threads()
     with _making:
         if size not in _teams:
             _teams[size] = Team(size)
