@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Cache, LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from cats.calibration import AS_IS, CALIBRATION_FILE, Calibration, calibration_in
 from cats.checkpoint import CONFIG_FAULTS, load_strictly, tensor_forms
 from cats.dtypes import held_dtype, is_exact, narrowest
 from cats.errors import CatsError
@@ -94,6 +95,7 @@ class AdapterModel(nn.Module):
         self.layers = nn.ModuleList([AdapterLayer(config)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.compiled: CompiledLayers | None = None
+        self.calibration: Calibration = AS_IS
         self.cover_positions(config.max_position_embeddings)
 
     def cover_positions(self, context: int) -> None:
@@ -204,6 +206,7 @@ class AdapterModel(nn.Module):
             raise CatsError(f"{Path(directory) / 'config.json'} does not say the exit layer of the adapter; give it explicitly.")
         with torch.device("meta"):
             adapter = cls(config, exit_layer)
+        adapter.calibration = calibration_in(directory)
         forms = tensor_forms(directory)
         held = held_dtype(dtype, config, forms)
 
@@ -224,6 +227,7 @@ class AdapterModel(nn.Module):
         if also_bin:
             write_atomically(directory / "pytorch_model.bin", lambda part: torch.save(tensors, part))
         write_atomically(directory / "config.json", lambda part: part.write_text(json.dumps(fields, indent=1) + "\n"))
+        (directory / CALIBRATION_FILE).unlink(missing_ok=True)  # of the weights that were here
 
 
 def read_adapter_config(directory: str | Path) -> LlamaConfig:

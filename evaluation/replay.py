@@ -19,8 +19,7 @@ import torch
 
 from cats import CascadeConfig, CatsError
 from cats.acceptance import Verdict
-from cats.methods.cascade import Cascade, Checked
-from cats.methods.chain import Chain
+from cats.methods.cascade import Cascade
 from cats.state import Cycle, DecodeState
 from cats.tree import TokenTree
 
@@ -162,19 +161,17 @@ class ReplayedCascade(Cascade):
         self.schedule.advance()
         return super().propose(cycle)
 
-    def _correct(self, cycle: Cycle, chain: Chain, checked: Checked) -> tuple[int, dict[int, int]]:
-        tree, corrected = cycle.tree, self.schedule.current.corrected
-        for place, node in enumerate(chain.nodes[1:]):
-            tree.scores[node] = tree.scores[chain.nodes[place]] + checked.draft_scores[place][0]
-            cycle.shallow_verdicts[node] = place not in corrected
-        corrections = {}
-        for place in sorted(corrected):
-            if place < len(chain.nodes) and tree.depths[chain.nodes[place]] < cycle.depth_limit:
-                node, token = chain.nodes[place], checked.top_tokens[place][0]
-                if tree.child(node, token) is not None:
-                    token = (token + 1) % cycle.state.base.config.vocab_size
-                corrections[place] = tree.add(node, token, "correction", checked.top_scores[place][0])
-        return min([*corrections, len(chain.nodes) - 1]), corrections
+    def _compare(self, cycle: Cycle, trunk: Sequence[int], said: Sequence[int]) -> dict[int, int]:
+        corrected = [place for place in sorted(self.schedule.current.corrected) if place < len(said)]
+        vocabulary = cycle.state.base.config.vocab_size
+        differing = {}
+        for place in corrected:
+            token = said[place]
+            while cycle.tree.child(trunk[place], token) is not None:
+                token = (token + 1) % vocabulary
+            differing[place] = token
+        self._note(cycle, trunk, len(said), differing)
+        return differing
 
 
 class ReplayedAcceptance:

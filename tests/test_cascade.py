@@ -44,7 +44,7 @@ def test_corrections_are_accepted_in_a_chain(tiny: Tiny) -> None:
 @pytest.mark.parametrize("total", [10, 16, 30])
 def test_the_tree_keeps_to_its_budget_unless_trunk_and_corrections_need_more(tiny: Tiny, total: int) -> None:
     model = cats.load(tiny("llama").base, tiny("llama").adapters)
-    config = cats.CascadeConfig(steps=4, tree_topk=4, total_tokens=total, branch_rounds=2)
+    config = cats.CascadeConfig(steps=4, tree_topk=4, total_tokens=total, sv_passes=2)
     for answer in answers(model, config):
         assert all(trace.nodes <= max(total, 2 * config.steps + 2) for trace in answer.traces)
         assert max(trace.nodes for trace in answer.traces) >= min(total, 16)

@@ -24,6 +24,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "files", "records", "turns", "families", "hub", "static_tree"}),
     frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings", "text"}),
     frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "runtime"}),
+    frozenset({"calibration"}),
     frozenset({"embedding", "adapter", "earlyexit", "loading", "held", "cats_model", "medusa_heads"}),
     frozenset({"state"}),
     frozenset({"methods"}),

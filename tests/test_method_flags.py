@@ -95,6 +95,6 @@ def test_records_hold_settings_as_json() -> None:
 
 
 def test_the_methods_own_settings_keep_their_order_and_help() -> None:
-    assert list(settings_of(cats.CascadeConfig)) == ["steps", "threshold", "tree_topk", "total_tokens", "sv_passes", "branch_rounds"]
+    assert list(settings_of(cats.CascadeConfig)) == ["steps", "threshold", "tree_topk", "total_tokens", "sv_passes", "verifier"]
     assert settings_of(cats.CascadeConfig)["threshold"].kind is float
     assert "drafted in a round" in settings_of(cats.KangarooConfig)["steps"].help

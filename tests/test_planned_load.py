@@ -254,7 +254,7 @@ def test_the_command_says_in_two_lines_what_was_chosen_and_why(
 
 def test_a_table_of_accepted_lengths_becomes_a_profile(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_acceptance(tiny("llama"), tmp_path)
-    chain = {"name": "cascade", "steps": 5, "threshold": 0.0, "tree_topk": 1, "total_tokens": -1, "sv_passes": 1, "branch_rounds": 1}
+    chain = {"name": "cascade", "steps": 5, "threshold": 0.0, "tree_topk": 1, "total_tokens": -1, "sv_passes": 1, "verifier": "all"}
     used: dict[str, dict[str, Any]] = {"draft": {"name": "draft", "exit_layer": None}, "shallow": {"name": "elsewhere", "exit_layer": 3}}
 
     def cell(bench: str, method: dict[str, Any], adapters: dict[str, Any], steps: int, accepted: float) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_cost_by_hand() -> None:
         (KangarooConfig(steps=3, threshold=0.0), ("draft",)),
         (CascadeConfig(steps=3), ("draft", "shallow")),
         (CascadeConfig(steps=4, tree_topk=3, total_tokens=24), ("draft", "shallow")),
-        (CascadeConfig(steps=3, tree_topk=4, total_tokens=30, branch_rounds=2), ("draft", "shallow")),
+        (CascadeConfig(steps=3, tree_topk=4, total_tokens=30, sv_passes=2), ("draft", "shallow")),
     ],
 )
 def test_a_cycle_is_priced_with_the_passes_that_the_engine_makes(
@@ -222,8 +222,8 @@ def test_more_memory_and_faster_flash_never_predict_slower() -> None:
 def test_labels() -> None:
     assert KangarooConfig().label((3,)) == "Kangaroo, exit 3, 6 steps"
     assert PromptLookupConfig().label(()) == "prompt lookup, 10 tokens"
-    tree = CascadeConfig(tree_topk=10, total_tokens=40, sv_passes=2, branch_rounds=3)
-    assert tree.label((3, 15)) == "CATS tree, exits 3 and 15, 5 steps, 40 nodes, 2 rounds, 3 branch rounds"
+    tree = CascadeConfig(tree_topk=10, total_tokens=40, sv_passes=2, verifier="siblings")
+    assert tree.label((3, 15)) == "CATS tree, exits 3 and 15, 5 steps, 40 nodes, 2 rounds, verifier siblings"
 
 
 # --- profiles in files

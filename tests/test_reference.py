@@ -18,7 +18,7 @@ SETTINGS = [
     cats.CascadeConfig(steps=4, tree_topk=4, total_tokens=24),
     cats.CascadeConfig(steps=3, tree_topk=3),
     cats.CascadeConfig(steps=2, sv_passes=3),
-    cats.CascadeConfig(steps=3, tree_topk=4, total_tokens=30, branch_rounds=3),
+    cats.CascadeConfig(steps=3, tree_topk=4, total_tokens=30, threshold=0.2),
     cats.CascadeConfig(steps=3, tree_topk=3, total_tokens=30, sv_passes=2),
 ]
 

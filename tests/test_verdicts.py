@@ -77,7 +77,7 @@ def test_a_chain_breaks_exactly_where_the_draft_errs() -> None:
 def test_siblings_are_accepted_where_the_second_choice_is_right() -> None:
     second = Script(WRONG.current_VV + 0.9 * RIGHT.current_VV, RIGHT.previous_VV)
     steps = whole_steps(answer(second, WRONG, cats.CascadeConfig(steps=3, tree_topk=2, total_tokens=40)))
-    assert {trace.accepted_kinds for trace in steps} == {("sibling",)}
+    assert {trace.accepted_kinds for trace in steps} == {("sibling", "continuation")}
 
 
 def test_continuations_are_accepted_after_a_correction() -> None:

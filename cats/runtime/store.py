@@ -105,6 +105,12 @@ class Store:
         return self.streamer.wait_seconds if self.streamer else 0.0
 
     @property
+    def stream_seconds(self) -> float:
+        """What the streamed pieces of one pass take at the rate that was seen so far; 0 where nothing was streamed."""
+        link = self.streamer.link if self.streamer else None
+        return link.busy_seconds * self.plan.streamed_bytes / link.bytes if link is not None and link.bytes else 0.0
+
+    @property
     def one_answer(self) -> bool:
         """Whether caches and activations are granted for one answer at a time."""
         return self.plan.budget_bytes is not None and self.plan.covers == "process"
