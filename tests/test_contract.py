@@ -1,6 +1,6 @@
-"""The contract of `Method` carries what comes next: Lookahead's extra query rows and CAS-Spec's layer subsets, as stubs.
+"""The contract of `Method` carries what comes next: CAS-Spec's layer subsets, as a stub.
 
-The stubs are small but whole: they draft, get back what they need, and accept tokens; their answers must be plain ones.
+The stub is small but whole: it drafts, gets back what it needs, and accepts tokens; its answers must be plain ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from cats.acceptance import Verdict
 from cats.methods.base import Method
 from cats.planning.plan import View
 from cats.runtime.direct_file import window_bytes
-from cats.state import Cycle, DecodeState
-from tests.scripted_model import LAYERS, follow, random_script, scripted_model
+from cats.state import Cycle
+from tests.scripted_model import LAYERS, random_script, scripted_model
 from tests.tiny_models import LAYERS as TINY_LAYERS
 from tests.tiny_models import TinyModel, prompts
 from tests.weight_kinds import COARSE, of_kind
@@ -27,55 +27,6 @@ CONFIG = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=())
 
 def plain(model: cats.MultiAdapterCATSModel, prompt: list[int]) -> list[int]:
     return cats.generate(model, prompt, cats.build_method(cats.AutoregressiveConfig()), CONFIG).ids
-
-
-@dataclass
-class LookaheadStub(Method):
-    """Jacobi window of `width` columns and `levels` rows, all of them probes; n-grams read off its columns become branches.
-
-    Row 0 is a chain after the root, and cell (level, column) follows the one above it in its column: Lookahead's mask.
-    """
-
-    width: int = 3
-    levels: int = 2
-    window: list[list[int]] = field(default_factory=list)
-    pool: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
-    probes: list[list[int]] = field(default_factory=list)
-    judged: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def max_nodes(self) -> int:
-        return 1 + self.levels * (self.width + 4)
-
-    def start(self, state: DecodeState) -> None:
-        self.window = [[state.tokens[column % len(state.tokens)] for column in range(self.width)] for _ in range(self.levels)]
-        self.pool, self.judged = {}, []
-
-    def propose(self, cycle: Cycle) -> Sequence[int]:
-        nodes = [0]
-        for ngram in self.pool.get(cycle.tree.tokens[0], [])[-4:]:
-            parent = 0
-            for token in ngram[: cycle.depth_limit]:
-                parent = cycle.tree.add(parent, token, "lookup")
-                nodes.append(parent)
-        self.probes = []
-        if cycle.depth_limit >= self.width + self.levels:
-            above = [0, *range(len(cycle.tree), len(cycle.tree) + self.width - 1)]
-            for tokens in self.window:
-                above = [cycle.tree.add_probe(parent, token) for parent, token in zip(above, tokens, strict=True)]
-                self.probes.append(above)
-        return sorted({*nodes, *(node for row in self.probes for node in row)})
-
-    def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:
-        row = {node: place for place, node in enumerate(nodes)}
-        for node in [node for level in self.probes for node in level]:
-            self.judged.append((cycle.state.tokens + [cycle.tree.tokens[step] for step in cycle.tree.path(node)[1:]], logits_TV[row[node]]))
-        if self.probes:
-            newest = [int(logits_TV[row[node]].argmax()) for node in self.probes[-1]]
-            for column, first in enumerate(self.window[0]):
-                ngram = (*(level[column] for level in self.window[1:]), newest[column])
-                self.pool.setdefault(first, []).append(ngram)
-            self.window = [*self.window[1:], newest]
 
 
 @dataclass
@@ -99,28 +50,6 @@ class ViewStub(Method):
 
     def observe(self, cycle: Cycle, nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:
         self.verdicts += [verdict.accepted[node] for node in nodes[1:]]
-
-
-def test_lookahead_stub_is_lossless_and_gets_its_rows_back(tiny: Tiny) -> None:
-    model = cats.load(tiny("llama-grouped").base, dtype="float64")
-    stub = LookaheadStub()
-    for prompt in prompts(count=2, longest=10, seed=8):
-        assert cats.generate(model, prompt, stub, CONFIG).ids == plain(model, prompt)
-        assert stub.judged
-        with torch.inference_mode():
-            for text, logits_V in stub.judged:
-                states = model.base.hidden_states(torch.tensor([text]), [TINY_LAYERS])
-                torch.testing.assert_close(model.base.target_logits(states[TINY_LAYERS])[0, -1], logits_V, atol=1e-5, rtol=1e-5)
-
-
-def test_lookahead_stub_finds_ngrams_on_its_own() -> None:
-    """On a circle of tokens the window soon holds true n-grams, and its branches are accepted."""
-    circle = follow([(token + 1) % 8 for token in range(8)])
-    model = scripted_model(circle, circle, circle)
-    generation = cats.generate(model, [0, 1, 2], LookaheadStub(), CONFIG)
-    assert generation.ids == plain(model, [0, 1, 2])
-    assert "lookup" in {kind for trace in generation.traces for kind in trace.accepted_kinds}
-    assert "probe" not in {kind for trace in generation.traces for kind in trace.accepted_kinds}
 
 
 SUBSETS = {
