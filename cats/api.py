@@ -64,6 +64,11 @@ class CatsModel(MultiAdapterCATSModel):
             raise CatsError("the checkpoint has no tokenizer, so text means nothing to it; give token ids, or add its tokenizer's files.")
         return self._text
 
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """See `MultiAdapterCATSModel`."""
+        return None if self._text is None else self._text.fingerprint
+
     def chat(
         self,
         messages: str | Sequence[Message],

@@ -73,6 +73,11 @@ class MultiAdapterCATSModel(nn.Module):
         self.base._apply(fn)
         return self
 
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """What its tokenizer is told from others by; None where it knows none."""
+        return None
+
     def close(self) -> None:
         """Close what methods hold and end the stream of weights; a model whose layers are streamed cannot decode afterwards."""
         self.held.close()

@@ -52,6 +52,12 @@ class Setting:
             raise ValueError(f"{len(values)} values in place of {self.count}")
         return values
 
+    def restored(self, value: Any) -> Any:
+        """The value that `as_record` wrote down."""
+        if self.kind is Path and value is not None:
+            return tuple(map(Path, value)) if self.count is not None else Path(value)
+        return tuple(value) if isinstance(value, list) else value
+
     def _one(self, text: str) -> Any:
         if self.kind is bool:
             if text.lower() not in ("true", "false"):

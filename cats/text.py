@@ -6,11 +6,12 @@ Knows files and a transformers tokenizer, which is imported when one is loaded; 
 Which template: the named one; else the checkpoint's own; else Vicuna's where there is none and the checkpoint is a Vicuna.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,12 @@ class ModelText:
     def template(self) -> str:
         """Name of the chat template; `CatsError` where there is none."""
         return self._chat.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of every token and its id: what is stored as ids under one vocabulary means nothing under another."""
+        listed = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(listed.encode()).hexdigest()
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -1,5 +1,23 @@
-"""Every method in every shape that the tests run: each method says its own (`cats.methods.base.Method.shapes`)."""
+"""Every method in every shape that the tests run: each method says its own (`cats.methods.base.Method.shapes`), files are made here."""
 
+import dataclasses
+
+from cats.config import MethodConfig
 from cats.methods import small_shapes
+from cats.methods.rest import RestConfig
+from cats.settings import flag_of
+from tests.datastores import store_of
 
-SHAPES = small_shapes()
+SHAPES = small_shapes() | {"rest": RestConfig(store_of(8), longest_match=3, shortest_match=1, continuation=4, total_tokens=12)}
+
+
+def flags_of(config: MethodConfig) -> list[str]:
+    """The command-line flags of a method and its settings."""
+    flags = ["--method", config.name]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, bool):
+            flags.append(flag_of(field.name if value else f"no_{field.name}"))
+        elif value is not None:
+            flags += [flag_of(field.name), *map(str, value if isinstance(value, tuple) else [value])]
+    return flags

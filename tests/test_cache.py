@@ -28,7 +28,7 @@ def steps(
     model: cats.MultiAdapterCATSModel, prompt: list[int], shape: str, config: cats.GenerationConfig
 ) -> Iterator[tuple[DecodeState, Step]]:
     """The state after each step of an answer."""
-    method, limits = cats.build_method(SHAPES[shape]), Limits(config, len(prompt), model.base.context, None)
+    method, limits = cats.build_method(SHAPES[shape], model), Limits(config, len(prompt), model.base.context, None)
     state = DecodeState(model, prompt, method.adapters, len(prompt) + limits.room, method.max_nodes)
     acceptance = build_acceptance(config, model.base.device)
     step = read_prompt(state, acceptance, limits)

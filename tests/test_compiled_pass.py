@@ -35,7 +35,7 @@ def committed(model: cats.MultiAdapterCATSModel, shape: str) -> torch.Tensor:
     """The logits of an answer, position by position."""
     witness = Committed()
     cats.generate(
-        model, PROMPT, cats.build_method(SHAPES[shape]), cats.GenerationConfig(max_new_tokens=24, eos_token_ids=(EOS,)), acceptance=witness
+        model, PROMPT, SHAPES[shape], cats.GenerationConfig(max_new_tokens=24, eos_token_ids=(EOS,)), acceptance=witness
     )
     return torch.stack(witness.logits)
 

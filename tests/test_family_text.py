@@ -19,6 +19,7 @@ from cats.state import DecodeState
 from cats.text import load_tokenizer
 from evaluation import CATS_dynamic, correctness
 from tests.family_checkpoints import PUBLISHED, QUESTION, FamilyCheckpoint, greedy
+from tests.methods import SHAPES
 from training import chat_tokens, train_finetune
 from training.chat_tokens import ChatTokens
 
@@ -67,7 +68,7 @@ def test_the_library(published: Published, name: str, prompts_read: list[list[in
     checkpoint = published(name)
     model = cats.load(checkpoint.tiny.base, checkpoint.tiny.adapters, dtype="float32")
     assert model.end_token_ids == checkpoint.end_ids
-    for method in cats.METHODS:
+    for method in SHAPES.values():
         answer = model.chat(QUESTION, method, max_new_tokens=LONGEST)
         assert (answer.ids, answer.finish) == (expected(checkpoint), "eos")
     assert set(map(tuple, prompts_read)) == {tuple(checkpoint.prompt_ids)}

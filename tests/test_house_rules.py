@@ -21,7 +21,7 @@ LARGEST_FILE = 16 * 2**20
 
 # A module of cats/ may import from its own rank and from those above it in this list.
 RANKS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "files", "records", "turns", "families", "hub", "static_tree"}),
+    frozenset({"errors", "files", "records", "turns", "families", "hub", "datastore", "static_tree"}),
     frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings", "text"}),
     frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "runtime"}),
     frozenset({"calibration"}),
@@ -37,7 +37,7 @@ RANKS: tuple[frozenset[str], ...] = (
 )
 # "": the names that the package exports.
 TRAINING_MAY_USE = {"errors", "files", "records", "families", "cli", "text", "rope", "checkpoint", "earlyexit", ""}
-TRAINING_MAY_USE |= {"adapter", "medusa_heads"}
+TRAINING_MAY_USE |= {"adapter", "datastore", "medusa_heads"}
 PLAIN = ("planning", "tree", "static_tree", "config", "trace")
 """Modules of plain arithmetic."""
 

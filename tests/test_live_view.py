@@ -10,10 +10,12 @@ import pytest
 
 import cats
 from cats import CatsError, Generation
+from cats.methods import needs_of
 from cats.trace import StageSeconds, StepTrace, Stopwatch
 from evaluation import CATS_dynamic, live_view
 from evaluation.live_view import LiveView, cycle_record, ended, joined, lanes_of, parse_range, read_cycles, table
 from evaluation.record_file import append_record, read_records
+from tests.methods import SHAPES
 from tests.test_options import paths, questions
 from tests.tiny_models import TinyModel
 
@@ -71,12 +73,11 @@ def test_a_stage_that_follows_on_itself_is_one_span() -> None:
     assert watch.started <= moments[0]
 
 
-@pytest.mark.parametrize("method", sorted(cats.METHODS))
-def test_spans_lie_in_the_step_and_make_up_its_stages(tiny: Callable[[str], TinyModel], method: str) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_spans_lie_in_the_step_and_make_up_its_stages(tiny: Callable[[str], TinyModel], shape: str) -> None:
     model = tiny("llama")
-    built = cats.build_method(cats.METHODS[method]())
-    loaded = cats.load(model.base, {name: (getattr(model, name), None) for name in built.adapters}, "float32", "cpu")
-    answer = cats.generate(loaded, [5, 6, 7, 8], built, cats.GenerationConfig(max_new_tokens=12))
+    loaded = cats.load(model.base, {name: (getattr(model, name), None) for name in needs_of(SHAPES[shape]).adapters}, "float32", "cpu")
+    answer = cats.generate(loaded, [5, 6, 7, 8], SHAPES[shape], cats.GenerationConfig(max_new_tokens=12))
     for trace in answer.traces:
         assert trace.spans[-2][0] == "target"
         for stage in ("draft", "shallow", "target", "accept"):

@@ -38,7 +38,7 @@ def expected(tiny: TinyModel, prompt: tuple[int, ...], length: int, dtype: str =
 
 
 def answer(model: cats.MultiAdapterCATSModel, prompt: list[int], shape: str, config: cats.GenerationConfig) -> cats.Generation:
-    return cats.generate(model, prompt, cats.build_method(SHAPES[shape]), config)
+    return cats.generate(model, prompt, SHAPES[shape], config)
 
 
 def test_every_method_has_a_shape() -> None:
@@ -121,7 +121,8 @@ def test_a_sliding_window_is_the_context(tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_method_object_serves_many_answers(tiny: Tiny, shape: str) -> None:
     """Nothing is left behind by an answer, nor by one that was abandoned half way."""
-    model, method = loaded(tiny("llama")), cats.build_method(SHAPES[shape])
+    model = loaded(tiny("llama"))
+    method = cats.build_method(SHAPES[shape], model)
     config = cats.GenerationConfig(max_new_tokens=20, eos_token_ids=(EOS,))
     fresh = [answer(model, prompt, shape, config).ids for prompt in PROMPTS]
     abandoned = cats.stream(model, PROMPTS[-1], method, replace(config, eos_token_ids=()))

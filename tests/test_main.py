@@ -9,6 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import cats
 from cats.cli.ask import main
+from cats.methods import needs_of
+from tests.methods import SHAPES, flags_of
 from tests.tiny_models import DRAFT_EXIT, SHALLOW_EXIT, TinyModel, prompts
 
 
@@ -19,8 +21,8 @@ def command(model: TinyModel, *more: str, needed: Sequence[str] = ("draft", "sha
 
 def test_the_text_of_every_method_is_the_same(speaking: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     texts = set()
-    for method in cats.METHODS:
-        main(command(speaking, "--method", method, needed=cats.build_method(cats.METHODS[method]()).adapters))
+    for config in SHAPES.values():
+        main(command(speaking, *flags_of(config), needed=needs_of(config).adapters))
         text, _, summary = capsys.readouterr().out.rpartition("\n\n[")
         assert "token" in summary
         texts.add(text)

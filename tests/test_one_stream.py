@@ -58,7 +58,7 @@ def prompt_of(length: int) -> list[int]:
 
 def started(model: cats.MultiAdapterCATSModel, prompt: list[int], shape: str, new: int) -> tuple[Sequenced, cats.Step]:
     """An answer whose prompt has been read."""
-    method, config = cats.build_method(SHAPES[shape]), cats.GenerationConfig(max_new_tokens=new, eos_token_ids=(EOS,))
+    method, config = cats.build_method(SHAPES[shape], model), cats.GenerationConfig(max_new_tokens=new, eos_token_ids=(EOS,))
     limits, acceptance = Limits(config, len(prompt), model.base.context, None), build_acceptance(config, model.base.device)
     state = DecodeState(model, prompt, method.adapters, len(prompt) + limits.room, method.max_nodes)
     first = read_prompt(state, acceptance, limits)
@@ -145,7 +145,7 @@ def test_four_answers_share_one_stream(tiny: Tiny, kind: str, shapes: list[str])
     model, resident, asked = loaded(tiny("llama"), STREAMED, kind), loaded(tiny("llama"), None), prompts(4, 20, seed=11)
     config = cats.GenerationConfig(max_new_tokens=12, eos_token_ids=(EOS,))
     alone = [
-        cats.generate(resident, prompt, cats.build_method(SHAPES[shape]), config).ids for prompt, shape in zip(asked, shapes, strict=True)
+        cats.generate(resident, prompt, SHAPES[shape], config).ids for prompt, shape in zip(asked, shapes, strict=True)
     ]
     found, passes = together(model, asked, shapes)
     assert found == alone

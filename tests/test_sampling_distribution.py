@@ -15,6 +15,9 @@ import pytest
 from scipy.stats import chi2
 
 import cats
+from cats.methods.lookahead import LookaheadConfig
+from cats.methods.rest import RestConfig
+from tests.datastores import store_of
 from tests.scripted_model import Script, random_script, scripted_model
 
 FALSE_ALARM = 1e-6
@@ -31,6 +34,8 @@ SHAPES: dict[str, cats.MethodConfig] = {  # short drafts: a text of short cycles
     "eagle-chain": cats.EagleSelfConfig(steps=2),
     "eagle-tree": cats.EagleSelfConfig(steps=2, tree_topk=3, total_tokens=8),
     "prompt-lookup": cats.PromptLookupConfig(max_ngram=2, continuation=3),
+    "lookahead": LookaheadConfig(window=2, levels=3, guesses=3),
+    "rest": RestConfig(store_of(VOCAB), longest_match=4, shortest_match=1, continuation=3, total_tokens=6),
 }
 VARIANTS = {"T=0.7": {"temperature": 0.7}, "T=1": {"temperature": 1.0}}
 TRUNCATED = {"top-p": {"temperature": 1.0, "top_p": 0.75}, "top-k": {"temperature": 0.7, "top_k": 3}}
@@ -60,7 +65,7 @@ def exact_probabilities(text: tuple[int, ...], temperature: float, top_p: float 
 
 
 def texts(shape: str, count: int, length: int, **fields: Any) -> list[tuple[int, ...]]:
-    method = cats.build_method(SHAPES[shape])
+    method = cats.build_method(SHAPES[shape], model())
     configs = [cats.GenerationConfig(max_new_tokens=length, eos_token_ids=(), seed=seed, **fields) for seed in range(count)]
     return [(*PROMPT, *cats.generate(model(), PROMPT, method, config).ids) for config in configs]
 
@@ -137,7 +142,7 @@ def test_a_relaxed_rule_is_told_apart() -> None:
 def test_drafts_are_both_accepted_and_rejected(shape: str) -> None:
     """Otherwise the distribution would say nothing about the acceptance rule."""
     config = cats.GenerationConfig(max_new_tokens=TEXT_LENGTH, eos_token_ids=(), temperature=1.0)
-    traces = cats.generate(model(), PROMPT, cats.build_method(SHAPES[shape]), config).traces[1:-1]
+    traces = cats.generate(model(), PROMPT, SHAPES[shape], config).traces[1:-1]
     depths = [trace.accepted for trace in traces]
     assert min(depths) < max(depths)
     assert 0 < sum(depths) < sum(trace.nodes - 1 for trace in traces)

@@ -43,7 +43,7 @@ def run(model: cats.MultiAdapterCATSModel, shape: str) -> tuple[list[int], list[
     """An answer, and every logit behind it."""
     witness = Witness()
     config = cats.GenerationConfig(max_new_tokens=10, eos_token_ids=(EOS,))
-    return cats.generate(model, PROMPT, cats.build_method(SHAPES[shape]), config, acceptance=witness).ids, witness.seen
+    return cats.generate(model, PROMPT, SHAPES[shape], config, acceptance=witness).ids, witness.seen
 
 
 def assert_equal(first: tuple[list[int], list[torch.Tensor]], second: tuple[list[int], list[torch.Tensor]]) -> None:

@@ -36,11 +36,11 @@ def expected(tiny: TinyModel, method: str, count: int) -> list[list[int]]:
 
 
 def answer(model: cats.MultiAdapterCATSModel, prompt: Sequence[int], method: str) -> list[int]:
-    return cats.generate(model, prompt, cats.build_method(SHAPES[method]), CONFIG).ids
+    return cats.generate(model, prompt, SHAPES[method], CONFIG).ids
 
 
 def steps(model: cats.MultiAdapterCATSModel, place: int, method: str = "cascade-tree") -> Generator[cats.Step, None, None]:
-    return cats.stream(model, prompts(3, 20, seed=7)[place], cats.build_method(SHAPES[method]), CONFIG)
+    return cats.stream(model, prompts(3, 20, seed=7)[place], SHAPES[method], CONFIG)
 
 
 def by_threads(model: cats.MultiAdapterCATSModel, threads: int, count: int) -> list[tuple[str, list[list[int]]]]:
@@ -139,4 +139,4 @@ def test_a_step_inside_a_step_is_refused(tiny: Tiny) -> None:
         answer(model, [5, 6], "autoregressive")
 
     with pytest.raises(cats.CatsError, match="begun inside another one"):
-        cats.generate(model, [5, 6, 7], cats.build_method(SHAPES["kangaroo"]), CONFIG, stop=stop)
+        cats.generate(model, [5, 6, 7], SHAPES["kangaroo"], CONFIG, stop=stop)

@@ -20,7 +20,7 @@ LENGTH = 60
 
 def answer(draft: Script, shallow: Script, method: cats.MethodConfig, **fields: object) -> cats.Generation:
     config = cats.GenerationConfig(**({"max_new_tokens": LENGTH, "eos_token_ids": ()} | fields))  # type: ignore[arg-type]
-    return cats.generate(scripted_model(RIGHT, draft, shallow), [0], cats.build_method(method), config)
+    return cats.generate(scripted_model(RIGHT, draft, shallow), [0], method, config)
 
 
 def whole_steps(generation: cats.Generation) -> list[StepTrace]:
@@ -140,13 +140,13 @@ def test_exact_ties_fall_as_in_plain_decoding(shape: str) -> None:
     model = scripted_model(tied, WRONG, RIGHT, dtype=torch.float32)
     config = cats.GenerationConfig(max_new_tokens=LENGTH, eos_token_ids=())
     plain = cats.generate(model, [0], cats.build_method(cats.AutoregressiveConfig()), config).ids
-    assert cats.generate(model, [0], cats.build_method(SHAPES[shape]), config).ids == plain
+    assert cats.generate(model, [0], SHAPES[shape], config).ids == plain
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_streamed_steps_are_the_whole_answer(shape: str) -> None:
     model, config = scripted_model(RIGHT, RIGHT, WRONG), cats.GenerationConfig(max_new_tokens=17, eos_token_ids=())
-    method = cats.build_method(SHAPES[shape])
+    method = SHAPES[shape]
     steps = list(cats.stream(model, [0], method, config))
     assert [token for step in steps for token in step.tokens] == cats.generate(model, [0], method, config).ids
     assert [step.finish for step in steps] == [None] * (len(steps) - 1) + ["length"]
@@ -156,5 +156,5 @@ def test_streamed_steps_are_the_whole_answer(shape: str) -> None:
 def test_a_stop_string_ends_the_answer_after_the_token_that_completes_it(shape: str) -> None:
     letters = cats.StopStrings(["ef"], lambda ids: "".join(chr(ord("a") + token) for token in ids))
     config = cats.GenerationConfig(max_new_tokens=LENGTH, eos_token_ids=())
-    got = cats.generate(scripted_model(RIGHT, RIGHT, RIGHT), [0], cats.build_method(SHAPES[shape]), config, stop=letters)
+    got = cats.generate(scripted_model(RIGHT, RIGHT, RIGHT), [0], SHAPES[shape], config, stop=letters)
     assert (got.ids, got.finish) == ([1, 2, 3, 4, 5], "stop")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cats.config import MemoryOptions, MethodConfig, require
 from cats.methods.base import CLASSES, METHODS, PRESETS, TITLES, Method, Needs
+from cats.settings import settings_of
 
 if TYPE_CHECKING:
     from cats.cats_model import MultiAdapterCATSModel
@@ -65,7 +66,8 @@ def method_of(record: Mapping[str, Any]) -> MethodConfig:
     require(name in METHODS, f"the method {name!r} is unknown")
     unknown = settings.keys() - {field.name for field in fields(METHODS[name])}
     require(not unknown, f"{name} has no setting {', '.join(sorted(unknown))}")
-    return METHODS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    known = settings_of(METHODS[name])
+    return METHODS[name](**{key: known[key].restored(value) for key, value in settings.items()})
 
 
 def small_shapes() -> dict[str, MethodConfig]:
