@@ -15,7 +15,8 @@ from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.cli.method_flags import add_method_flags, chosen_method
 from cats.cli.planned import add_plan_flags, is_planned, load_planned
 from cats.errors import CatsError
-from cats.methods import best_method, needs_of
+from cats.methods import best_method, build_method, needs_of
+from cats.methods.fallback import Fallback, with_fallback
 
 if TYPE_CHECKING:
     from cats.api import AdapterPlace, CatsModel
@@ -38,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     default = "default: the best that the adapters allow; with --memory-budget, what is predicted to be fastest"
     parser.add_argument("--method", choices=sorted(cats.METHODS), help=default)
     add_method_flags(parser)
+    parser.add_argument("--no-fallback", action="store_true", help="keep to the method where plain decoding is faster")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -114,7 +116,9 @@ def answer(arguments: argparse.Namespace, prompt: str) -> None:
     text = model.text
     ids = text.ids(prompt) if arguments.raw else text.prompt_ids(prompt)
     live, traces = LiveText(text), []
-    steps = cats.stream(model, ids, config, generation, stop=text.stop(arguments.stop, chat=not arguments.raw))
+    method = build_method(config, model)
+    method = method if arguments.no_fallback else with_fallback(method, model)
+    steps = cats.stream(model, ids, method, generation, stop=text.stop(arguments.stop, chat=not arguments.raw))
     with heartbeat("reading the prompt"):
         first = next(steps)
     for step in itertools.chain([first], steps):
@@ -122,6 +126,11 @@ def answer(arguments: argparse.Namespace, prompt: str) -> None:
         for place, token in enumerate(step.tokens):
             live.show(token, drafted=place < step.trace.accepted)
     print_summary(traces[1:], traces[0].seconds.total)
+    if isinstance(method, Fallback) and method.fell_back:
+        sys.stderr.write(
+            f"{config.name} made {method.gain.value:.2f} x the tokens/s of plain decoding, which took {method.plain_cycles} of "
+            f"{method.cycles} cycles over (--no-fallback: none).\n"
+        )
 
 
 def print_summary(traces: "Sequence[StepTrace]", prefill_seconds: float) -> None:
