@@ -15,7 +15,7 @@ from cats.config import GenerationConfig, MemoryOptions, MethodConfig
 from cats.engine import Generation, Step, Stop
 from cats.errors import CatsError
 from cats.hub import locate
-from cats.methods import METHODS, best_method, build_method, needs_of
+from cats.methods import METHODS, best_method, build_method, needs_of, with_needs
 from cats.methods.base import Method
 from cats.planned import Loading, LoadPlan, Planning, plan_load
 from cats.text import Message, ModelText, has_tokenizer, listed_end_ids
@@ -52,10 +52,12 @@ class CatsModel(MultiAdapterCATSModel):
 
     Attributes:
         plan: how it was settled what to hold and which method to use; None where that was not planned.
+        method: that answers are made with where none is named; None: the plan's, or the best that the adapters allow.
     """
 
     _text: ModelText | None = None
     plan: LoadPlan | None = None
+    method: MethodConfig | None = None
 
     @property
     def text(self) -> ModelText:
@@ -101,6 +103,7 @@ def load(
     compute_dtype: str = "auto",
     *,
     plan: Planning | None = Planning(),  # noqa: B008 - frozen
+    method: str | MethodConfig | None = None,
 ) -> CatsModel:
     """Load a checkpoint and its adapters from directories or from the hub.
 
@@ -114,6 +117,7 @@ def load(
         compute_dtype: of the arithmetic; "auto" is float32 on a CPU, elsewhere `dtype`. It must hold every value of `dtype`.
         plan: under a memory budget, choose the method, and with it adapters, ring and tree, by what is predicted to make most tokens per
             second (cats/planned.py); the choice is in `CatsModel.plan`. None, for callers that name their methods, attaches all adapters.
+        method: that answers will be made with; nothing is chosen then, and the budget has room for what it grows, drafts with and holds.
 
     Raises:
         CatsError: something is missing, damaged, or does not fit together.
@@ -122,6 +126,9 @@ def load(
     candidates = {name: located(place) for name, place in (adapters or {}).items()}
     places = {name: found[0] for name, found in candidates.items()}
     planned = None
+    if method is not None:
+        method = configuration(method)
+        plan, memory = None, memory and with_needs(memory, method)
     one_memory = memory is not None and memory.device_bytes is None  # what the planner knows
     if plan is not None and memory is not None and memory.budget_bytes is not None and one_memory:
         planned = plan_load(Loading.read(directory, candidates, (dtype, compute_dtype), torch.device(device), memory), plan)
@@ -130,7 +137,7 @@ def load(
     if text is None and template is not None:
         raise CatsError(f"{directory} has no tokenizer, so a template does nothing; leave it out, or add the tokenizer's files.")
     model = CatsModel.from_pretrained(directory, places, dtype, device, memory, compute_dtype)
-    model._text, model.plan = text, planned
+    model._text, model.plan, model.method = text, planned, method
     model.end_token_ids = (text.end_token_ids if text is not None else listed_end_ids(directory)) or None
     return model
 
@@ -146,12 +153,11 @@ def chosen_method(model: MultiAdapterCATSModel, method: MethodChoice) -> Method:
     if isinstance(method, Method):
         return method
     plan = model.plan if isinstance(model, CatsModel) else None
+    if method is None and isinstance(model, CatsModel):
+        method = model.method
     if method is None:
         method = best_method(model.adapters) if plan is None else plan.method
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise CatsError(f"unknown method {method!r}; known are {', '.join(METHODS)}.")
-        method = METHODS[method]()
+    method = configuration(method)
     needed = needs_of(method).adapters
     if plan is not None and not set(needed) <= model.adapters.keys():
         raise CatsError(
@@ -159,6 +165,15 @@ def chosen_method(model: MultiAdapterCATSModel, method: MethodChoice) -> Method:
             "load the model with plan=None and those adapters."
         )
     return build_method(method, model)
+
+
+def configuration(method: str | MethodConfig) -> MethodConfig:
+    """The configuration itself, or the default one of a method's name."""
+    if isinstance(method, MethodConfig):
+        return method
+    if method not in METHODS:
+        raise CatsError(f"unknown method {method!r}; known are {', '.join(METHODS)}.")
+    return METHODS[method]()
 
 
 def ids_of(model: MultiAdapterCATSModel, prompt: str | Sequence[int]) -> list[int]:

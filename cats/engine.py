@@ -189,6 +189,7 @@ def trace_of(cycle: Cycle, nodes: Sequence[int], verdict: Verdict, keep: int) ->
         seconds=seconds,
         started=cycle.watch.started,
         spans=tuple(cycle.watch.spans),
+        passes=tuple(cycle.passes),
     )
 
 
@@ -223,10 +224,11 @@ def stream(
         acceptance: a rule to use in place of the one that `config` names.
 
     Raises:
-        CatsError: the prompt is empty or does not fit, an adapter is missing, `stop` returned what is no length of the answer,
-            or this thread has an unfinished answer where the memory budget grants one at a time.
+        CatsError: the prompt is empty or does not fit, an adapter is missing, the method was built for another model, `stop` returned
+            what is no length of the answer, or this thread has an unfinished answer where the memory budget grants one at a time.
         ContractError: the method broke the contract of `Method`.
     """
+    method.check_model(model)
     context = model.base.context
     require(len(prompt_ids) > 0, "the prompt is empty; give at least one token.")
     require(

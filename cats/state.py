@@ -18,7 +18,7 @@ from cats.kv_cache import KVCache, cache_bytes
 from cats.masks import Sight, causal_sight, causal_sights, sent, tree_sight
 from cats.planning.plan import EXACT, PREFILL_ROWS, View
 from cats.rows import Rows
-from cats.trace import StageSeconds, Stopwatch
+from cats.trace import PassCost, StageSeconds, Stopwatch
 from cats.tree import UNKNOWN, TokenTree
 
 
@@ -164,6 +164,7 @@ class Cycle:
         tree: grown by the method.
         depth_limit: depth of the deepest node that the answer's limits leave room for, probes included; the tree takes none below it.
         layer_passes: decoder layers run so far in this step.
+        passes: what each pass of this step has cost so far.
         shallow_accepted, shallow_verdicts: set by a method with a shallow verifier, for the trace.
     """
 
@@ -175,6 +176,7 @@ class Cycle:
         source = state.base.source
         self._taken_before, self._waited_before = source.bytes_taken, source.wait_seconds
         self.layer_passes = 0
+        self.passes: list[PassCost] = []
         self.shallow_accepted: int | None = None
         self.shallow_verdicts: dict[int, bool] = {}
         self._level: list[int] = []
@@ -194,6 +196,17 @@ class Cycle:
         begin = time.perf_counter()
         yield
         self.watch.charge("compute", time.perf_counter() - begin)
+
+    @contextmanager
+    def passing(self, rows: int, context: int, view: View = EXACT, adapter: str | None = None) -> Iterator[None]:
+        """Charge the block's seconds to computing, and note it among the passes."""
+        source, begin = self.state.base.source, time.perf_counter()
+        layers, taken = self.layer_passes, source.bytes_taken
+        yield
+        seconds = time.perf_counter() - begin
+        self.watch.charge("compute", seconds)
+        layers = 1 if adapter else self.layer_passes - layers
+        self.passes.append(PassCost(view, rows, context, layers, source.bytes_taken - taken, seconds, adapter))
 
     def reading(self) -> tuple[StageSeconds, int]:
         """Seconds and streamed bytes of this step so far."""
@@ -234,9 +247,8 @@ class Cycle:
             stops = [self._level[node] for node in waiting] + [level for level in self.state.levels if level < layer] + [layer]
             stop = min(level for level in stops if level > start)
             rows = self.enter(active, start, stop)
-            with self.computing():
-                passes = self.state.base.run_layers([rows], start, stop, view)
-            self.leave(active, rows, stop, passes)
+            with self.passing(len(active), rows.end, view):
+                self.leave(active, rows, stop, self.state.base.run_layers([rows], start, stop, view))
             waiting = self._below(waiting, layer)
 
     def waiting_at(self, layer: int, nodes: Sequence[int]) -> list[int]:
@@ -328,7 +340,7 @@ class Cycle:
             slots = self.state.positions([*earlier, *(self.prefix + node for node in nodes)])
             hidden, positions = torch.cat([state.pending_ND, hidden]), torch.cat([self.state.positions(earlier), positions])
         sight = tree_sight(self.tree.ancestors_TT[rows, :end], self.prefix, hidden.dtype, hidden.device, before)
-        with self.computing():
+        with self.passing(before + len(nodes), self.prefix + end, adapter=name):
             output = state.run(hidden, positions, sight, slots, self.prefix + end)[before:]
         state.cache.length, state.pending_ND = self.prefix, state.pending_ND[:0]
         self._caught_up.add(name)
@@ -380,9 +392,9 @@ def verify(cycles: Sequence[Cycle], chosen: Sequence[Sequence[int]]) -> list[tor
         if waiting:
             together.append((cycle, waiting, cycle.enter(waiting, start, end)))
     with ExitStack() as clocks:
-        for cycle in cycles:
-            clocks.enter_context(cycle.computing())
+        for cycle, waiting, rows in together:
+            clocks.enter_context(cycle.passing(len(waiting), rows.end))
         passes = base.run_layers([rows for _, _, rows in together], start, end)
-    for cycle, waiting, rows in together:
-        cycle.leave(waiting, rows, end, passes)
+        for cycle, waiting, rows in together:
+            cycle.leave(waiting, rows, end, passes)
     return [cycle.target_logits(nodes) for cycle, nodes in zip(cycles, chosen, strict=True)]

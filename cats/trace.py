@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cats.errors import ContractError
+from cats.planning.plan import View
 
 ACROSS = ("compute", "stream_wait", "total")
 
@@ -45,6 +46,29 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class PassCost:
+    """What one pass of a step cost; a pass takes rows through layers, or through one adapter, its head left out.
+
+    Attributes:
+        view: of the model that ran.
+        rows: that went through together, an adapter's waiting tokens included.
+        context: cache slots that they could see, their own included.
+        layers: decoder layers that ran; 1 for an adapter.
+        bytes_streamed: weight bytes taken from the stream; of a target pass that several answers share, those of all.
+        seconds: as the host sees them, waiting for the stream included.
+        adapter: that ran; None where the base did.
+    """
+
+    view: View
+    rows: int
+    context: int
+    layers: int
+    bytes_streamed: int
+    seconds: float
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
 class StepTrace:
     """One step of the engine.
 
@@ -61,6 +85,7 @@ class StepTrace:
         seconds: see `StageSeconds`.
         started: when the step began, in seconds of `time.perf_counter`.
         spans: (stage, begin, end) of everything that ran in a stage, in order, by the same clock.
+        passes: what each pass cost, in order; none are listed of a prompt.
     """
 
     prefill: bool
@@ -75,6 +100,7 @@ class StepTrace:
     seconds: StageSeconds = field(default_factory=StageSeconds)
     started: float = 0.0
     spans: tuple[tuple[str, float, float], ...] = ()
+    passes: tuple[PassCost, ...] = ()
 
 
 class Stopwatch:

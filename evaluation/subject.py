@@ -135,7 +135,13 @@ def subject_settings(
         "device": choose_device(args.device).type,
         "template": text.template,
     }
-    return settings | ({} if memory is None else {"memory": dataclasses.asdict(memory)})
+    return settings | ({} if memory is None else {"memory": memory_record(memory)})
+
+
+def memory_record(memory: MemoryOptions) -> dict[str, Any]:
+    """The options as JSON can hold them, but for what follows from the method."""
+    views = [{"precision": view.precision, "attention": sorted(view.attention), "mlp": sorted(view.mlp)} for view in memory.views]
+    return {name: value for name, value in dataclasses.asdict(memory).items() if name != "held_bytes"} | {"views": views}
 
 
 def said_exit(adapter: Path, layer: int | None) -> int | None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from cats import smollm2
-from tests import family_checkpoints, speaking_model, tiny_models
+from cats.methods import METHODS
+from tests import family_checkpoints, speaking_model, tiny_models, toy_method
 from tests.family_checkpoints import FamilyCheckpoint
 from tests.tiny_models import FAMILIES, TinyModel
 
 torch.set_num_threads(1)
+assert toy_method.Successor.name in METHODS  # a method from outside the package is in every parametrised test
 
 
 @pytest.fixture(scope="session", autouse=True)

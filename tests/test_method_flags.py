@@ -14,8 +14,10 @@ import cats
 from cats.cli.method_flags import add_method_flags, chosen_method, every_setting
 from cats.errors import ContractError
 from cats.methods import METHODS, PRESETS
+from cats.planning.plan import View
 from cats.settings import as_record, settings_of
 from evaluation.presets import parse_presets
+from evaluation.subject import memory_record
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,12 @@ def test_records_hold_settings_as_json() -> None:
     record = as_record(EveryKind(store=Path("a/b")))
     assert json.loads(json.dumps(record)) == record
     assert (record["name"], record["store"], record["layers"]) == ("every_kind", "a/b", [1, 2])
+
+
+def test_records_hold_what_a_method_asks_of_memory_as_json() -> None:
+    record = memory_record(cats.MemoryOptions(views=(View(mlp=frozenset({3, 1})),), held_bytes=8))
+    assert json.loads(json.dumps(record))["views"] == [{"precision": "exact", "attention": [], "mlp": [1, 3]}]
+    assert "held_bytes" not in record, "it follows from the method, and older records lack it"
 
 
 def test_the_methods_own_settings_keep_their_order_and_help() -> None:

@@ -18,6 +18,7 @@ import cats
 from cats.methods.lookahead import LookaheadConfig
 from cats.methods.rest import RestConfig
 from tests.datastores import store_of
+from tests.methods import SHAPES as EVERY
 from tests.scripted_model import Script, random_script, scripted_model
 
 FALSE_ALARM = 1e-6
@@ -25,7 +26,7 @@ VOCAB = 4
 TEXTS, TEXT_LENGTH = 6, 100
 PROMPT = [0, 1]
 LEAST_EXPECTED = 3.0
-SHAPES: dict[str, cats.MethodConfig] = {  # short drafts: a text of short cycles shows as much of the acceptance rule in less time
+SHORT: dict[str, cats.MethodConfig] = {  # a text of short cycles shows as much of the acceptance rule in less time
     "autoregressive": cats.AutoregressiveConfig(),
     "cascade-chain": cats.CascadeConfig(steps=2),
     "cascade-tree": cats.CascadeConfig(steps=2, tree_topk=2, total_tokens=10),
@@ -37,6 +38,7 @@ SHAPES: dict[str, cats.MethodConfig] = {  # short drafts: a text of short cycles
     "lookahead": LookaheadConfig(window=2, levels=3, guesses=3),
     "rest": RestConfig(store_of(VOCAB), longest_match=4, shortest_match=1, continuation=3, total_tokens=6),
 }
+SHAPES = SHORT | {name: config for name, config in EVERY.items() if config.name not in {known.name for known in SHORT.values()}}
 VARIANTS = {"T=0.7": {"temperature": 0.7}, "T=1": {"temperature": 1.0}}
 TRUNCATED = {"top-p": {"temperature": 1.0, "top_p": 0.75}, "top-k": {"temperature": 0.7, "top_k": 3}}
 TARGET = random_script(VOCAB, seed=13, spread=1.2)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import cats
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.default_model import default_model
+from cats.cli.default_model import default_model, shipped_adapters
 from cats.cli.live_text import LiveText
 from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.cli.method_flags import add_method_flags, chosen_method
+from cats.cli.method_list import ListMethods
 from cats.cli.planned import add_plan_flags, is_planned, load_planned
 from cats.errors import CatsError
 from cats.methods import best_method, build_method, needs_of
@@ -27,6 +28,8 @@ ADAPTERS = ("draft", "shallow")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="python -m cats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    listing = "show every method in a line, and end; adapters given before it count"
+    parser.add_argument("--list-methods", action=ListMethods, brought=shipped_adapters(), dest=argparse.SUPPRESS, help=listing)
     parser.add_argument("prompt", help="what to ask; '-' reads it from standard input")
     parser.add_argument(
         "--model-path", metavar="DIRECTORY_OR_HUB_ID", help="checkpoint (default: SmolLM2-135M-Instruct, fetched on first use: 93 MB)"

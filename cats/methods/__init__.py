@@ -40,7 +40,9 @@ def build_method(config: MethodConfig, model: "MultiAdapterCATSModel | None" = N
     cls = CLASSES[config.name]
     if model is None:
         return cls(config)
-    return cls(config, model.held.get(config, lambda: cls.open(model, config), cls.needs(config).held_bytes))
+    method = cls(config, model.held.get(config, lambda: cls.open(model, config), cls.needs(config).held_bytes))
+    method.model = model
+    return method
 
 
 def needs_of(config: MethodConfig) -> Needs:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from cats.acceptance import Verdict
-from cats.config import MethodConfig
+from cats.config import MethodConfig, require
 from cats.errors import ContractError
 from cats.planning.plan import View
 
@@ -68,7 +68,7 @@ class Method(ABC):
         shapes: small settings that every parametrised test runs; none given: those of the presets.
         guarantee: what holds of its text, in a line.
         adapters: names of the adapters that it reads, whatever its settings; see `needs`.
-        config, held: its settings, and what `open` made for the model.
+        config, held, model: its settings, what `open` made, and for which model; None where it was built without one.
     """
 
     name: ClassVar[str]
@@ -79,6 +79,7 @@ class Method(ABC):
     adapters: tuple[str, ...] = ()
     config: MethodConfig
     held: Any = None
+    model: "MultiAdapterCATSModel | None" = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -88,6 +89,14 @@ class Method(ABC):
     def __init__(self, config: MethodConfig, held: Any = None):
         self.config, self.held = config, held
         self.adapters = self.needs(config).adapters
+
+    def check_model(self, model: "MultiAdapterCATSModel") -> None:
+        """Raise `CatsError` where this method needs what it would hold of `model`, and has it not."""
+        holds = type(self).open.__func__ is not Method.open.__func__  # type: ignore[attr-defined]
+        ready = not holds or self.model is model or (self.model is None and self.held is not None)
+        built = "for another model" if self.model is not None else "without a model"
+        advice = "use build_method(config, model)"
+        require(ready, f"the method {type(self).__name__} holds something of its model and was built {built}; {advice}.")
 
     @classmethod
     def needs(cls, config: Any) -> Needs:
