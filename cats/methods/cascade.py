@@ -139,12 +139,13 @@ class Cascade(Method):
 
     @property
     def max_nodes(self) -> int:
-        """What is run while the tree grows, the trunk's corrections and the nodes chosen beside them."""
+        """What is run while the tree grows, and what is chosen beside it: all of the budget but the trunk, or its corrections."""
         config, places = self.config, self.config.steps + 1
         if config.tree_topk == 1:
             return 1 + config.sv_passes * 2 * places
-        run = 1 + (config.sv_passes * places + 1) * config.tree_topk
-        return run + {-1: config.automatic + places, HIDDEN: MOST}.get(config.total_tokens, config.total_tokens) + 2 * places
+        run = 1 + config.sv_passes * places * config.tree_topk
+        budget = {-1: config.automatic + places, HIDDEN: MOST}.get(config.total_tokens, config.total_tokens)
+        return run + max(budget - places, places)
 
     def start(self, state: "DecodeState") -> None:
         """See `Method`."""
