@@ -60,19 +60,28 @@ class Sampling:
 
     At every node the target draws its own token x ~ p(. | path); the walk goes on where a child carries x, and ends with
     x as the next token where none does. Each token of the output is thus a draw from p given the tokens before it,
-    whatever the tree: P(output = x_1..x_m) = prod p(x_i | x_<i). The draws of different nodes are independent, and at most
-    one per depth is used, so drawing all of them at once changes nothing.
+    whatever the tree: P(output = x_1..x_m) = prod p(x_i | x_<i).
+
+    Every token of the answer has a random number of its own, the i-th of the seed, which picks from the cumulative distribution. Nodes of
+    one depth share it: at most one of them is used. So a seed gives one text, whatever is drafted and by which method.
     """
 
-    def __init__(self, config: GenerationConfig, device: torch.device):
+    def __init__(self, config: GenerationConfig):
         self.config = config
-        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self._numbers: list[float] = []
+        """Of the tokens to come, as far as they have been drawn."""
 
     def judge(self, tree: TokenTree, nodes: Sequence[int], logits_TV: torch.Tensor) -> Verdict:
         """See `Acceptance`."""
-        probabilities_TV = warped_probabilities(logits_TV, self.config)
-        draws = torch.multinomial(probabilities_TV, 1, generator=self.generator)[:, 0]
-        return follow(tree, nodes, draws.tolist())
+        depths = [tree.depths[node] for node in nodes]
+        missing = max(depths) + 1 - len(self._numbers)
+        if missing > 0:
+            self._numbers += torch.rand(missing, generator=self.generator, dtype=torch.float64).tolist()
+        numbers_T = torch.tensor([self._numbers[depth] for depth in depths], dtype=torch.float64, device=logits_TV.device)
+        verdict = follow(tree, nodes, picked(warped_probabilities(logits_TV, self.config), numbers_T).tolist())
+        del self._numbers[: len(verdict.path)]
+        return verdict
 
 
 class Typical:
@@ -132,8 +141,16 @@ def warped_probabilities(logits_TV: torch.Tensor, config: GenerationConfig) -> t
     return probabilities_TV
 
 
+def picked(probabilities_TV: torch.Tensor, numbers_T: torch.Tensor) -> torch.Tensor:
+    """The token [T] of each row in whose part of the row's total a number in [0, 1) falls; never one of probability 0."""
+    cumulative_TV = probabilities_TV.cumsum(-1, dtype=torch.float64)
+    below_one = 1 - 2.0**-40  # so that rounding cannot carry the product to the total
+    wanted_T1 = (numbers_T.clamp(max=below_one) * cumulative_TV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_TV, wanted_T1, right=True)[:, 0]
+
+
 def build_acceptance(config: GenerationConfig, device: torch.device) -> Acceptance:
     """The rule that `config` asks for."""
     if config.temperature == 0:
         return Greedy()
-    return Typical(config, device) if config.typical_tau > 0 else Sampling(config, device)
+    return Typical(config, device) if config.typical_tau > 0 else Sampling(config)

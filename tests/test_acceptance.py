@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chi2
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from cats.acceptance import Greedy, Sampling, Typical, build_acceptance, warped_probabilities
+from cats.acceptance import Greedy, Sampling, Typical, build_acceptance, picked, warped_probabilities
 from cats.config import GenerationConfig
 from cats.errors import CatsError
 from cats.tree import TokenTree
@@ -113,7 +113,7 @@ def test_sampled_paths_have_exactly_the_targets_probability(top_p: float, top_k:
             walked = math.prod(chance[tree.parents[step], tree.tokens[step]] for step in path[1:])
             expected[path, token] = draws * walked * chance[node, token]
     assert sum(expected.values()) == pytest.approx(draws)
-    rule = Sampling(config, CPU)
+    rule = Sampling(config)
     seen = dict.fromkeys(expected, 0)
     for _ in range(draws):
         verdict = rule.judge(tree, range(6), logits)
@@ -130,10 +130,23 @@ def test_the_seed_decides_the_draws() -> None:
     tree, logits = hand_made_tree(), torch.zeros(6, VOCAB)
     first, again, other = (
         [rule.judge(tree, range(6), logits).next_token for _ in range(20)]
-        for rule in (Sampling(GenerationConfig(temperature=1.0, seed=seed), CPU) for seed in (4, 4, 5))
+        for rule in (Sampling(GenerationConfig(temperature=1.0, seed=seed)) for seed in (4, 4, 5))
     )
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_distribution_pick_what_can_happen(number: float) -> None:
+    chances = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [1e-8, 0.0, 1.0, 0.0, 0.0]])
+    found = picked(chances, torch.full((2,), number, dtype=torch.float64)).tolist()
+    assert found == ([1, 0] if number == 0 else [3, 2])
+
+
+def test_the_parts_are_as_wide_as_the_probabilities() -> None:
+    chances = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).expand(1000, 4)
+    found = picked(chances, (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+    assert torch.bincount(found, minlength=4).tolist() == [200, 0, 500, 300]
 
 
 def slow_typical(tree: TokenTree, logits: np.ndarray, config: GenerationConfig) -> tuple[list[int], set[int]]:

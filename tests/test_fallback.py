@@ -77,16 +77,18 @@ def noise(seed: int) -> Iterator[float]:
         yield float(generator.exponential())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_token_depends_on_it(shape: str) -> None:
+def test_no_token_depends_on_it(shape: str, temperature: float) -> None:
     """Costs are noise, so that methods and plain cycles take turns; what a method left out must not show afterwards."""
     target = random_script(8, seed=3, spread=3.0)
     model = scripted_model(target, random_script(8, seed=4), target)
-    expected = cats.generate(model, [0, 1, 2], cats.build_method(cats.AutoregressiveConfig()), CONFIG)
+    config = replace(CONFIG, temperature=temperature)
+    expected = cats.generate(model, [0, 1, 2], cats.AutoregressiveConfig(), config)
     gain = Gain(replace(SHORT, stretch=2, pause=2, longest_pause=4, fresh=4, trial=1))
     for seed in range(2):
         wrapped = Priced(cats.build_method(SHAPES[shape], model), gain, noise(seed), noise(seed + 100))
-        found = cats.generate(model, [0, 1, 2], wrapped, CONFIG)
+        found = cats.generate(model, [0, 1, 2], wrapped, config)
         assert found.ids == expected.ids
         assert 0 < wrapped.plain_cycles < wrapped.cycles == len(found.traces) - 1
         assert wrapped.plain_cycles <= sum(trace.nodes == 1 for trace in found.traces[1:])

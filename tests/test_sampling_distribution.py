@@ -112,6 +112,11 @@ def test_transitions_are_the_truncated_targets(shape: str, variant: str) -> None
     assert transition_excess(texts(shape, TEXTS // 2, TEXT_LENGTH, **TRUNCATED[variant]), **TRUNCATED[variant]) < 0
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_seed_gives_one_text_whatever_drafts_it(shape: str) -> None:
+    assert texts(shape, 2, TEXT_LENGTH, temperature=0.7) == texts("autoregressive", 2, TEXT_LENGTH, temperature=0.7)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["cascade-tree", "cascade-rounds", "eagle-tree"])
 def test_first_tokens_are_jointly_the_targets(shape: str) -> None:
