@@ -30,11 +30,14 @@ CONFIG, ACCURACY = "config.json", "accuracy.json"
 
 @dataclass(frozen=True)
 class HeadsShape:
-    """How many heads there are, the width D and the vocabulary V that they belong to, and whether each has an lm_head of its own."""
+    """How many heads there are, the width D and the vocabulary V that they belong to, and whether each has an lm_head of its own.
+
+    Heads that share the base's lm_head may leave V out (None): they fit any.
+    """
 
     heads: int
     hidden_size: int
-    vocab_size: int
+    vocab_size: int | None
     own_head: bool = False
 
 
@@ -47,7 +50,7 @@ class MedusaHeads(nn.Module):
         width, count = shape.hidden_size, shape.heads
         self.heads = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(count))
         own = count if shape.own_head else 0
-        self.lm_heads = nn.ModuleList(nn.Linear(width, shape.vocab_size, bias=False) for _ in range(own))
+        self.lm_heads = nn.ModuleList(nn.Linear(width, shape.vocab_size or 0, bias=False) for _ in range(own))
         for head in self.heads:
             nn.init.zeros_(head.weight)  # type: ignore[arg-type]
 
@@ -75,12 +78,9 @@ class MedusaHeads(nn.Module):
         replace_projections(self, work)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, width: int, vocabulary: int) -> "MedusaHeads":
-        """Heads for a base of this width and vocabulary, as they are stored; others, and damaged ones, raise `CatsError`."""
+    def from_pretrained(cls, directory: str | Path) -> "MedusaHeads":
+        """The heads of a directory, as they are stored; damaged ones raise `CatsError`."""
         shape = read_shape(directory)
-        for what, theirs, its in (("width", shape.hidden_size, width), ("vocabulary", shape.vocab_size, vocabulary)):
-            if theirs != its:
-                raise CatsError(f"the heads in {directory} have {what} {theirs}, the base model has {its}; they belong to another model.")
         with torch.device("meta"):
             made = cls(shape)
         load_strictly(made, directory, tensor_forms(directory), f"the set of heads in {directory}", torch.clone)
@@ -101,11 +101,12 @@ def read_shape(directory: str | Path) -> HeadsShape:
     content = _read_json(path)
     fields = content if isinstance(content, dict) else {}
     heads, width, vocabulary = (fields.get(name) for name in ("heads", "hidden_size", "vocab_size"))
-    if not (is_count(heads) and is_count(width) and is_count(vocabulary)):
+    own = fields.get("own_head") is True
+    if not (is_count(heads) and is_count(width) and (is_count(vocabulary) or (vocabulary is None and not own))):
         raise CatsError(
             f"{path} does not give heads, hidden_size and vocab_size as whole numbers; training/train_heads.py writes such a file."
         )
-    return HeadsShape(heads, width, vocabulary, fields.get("own_head") is True)
+    return HeadsShape(heads, width, vocabulary, own)
 
 
 def is_count(number: object) -> TypeGuard[int]:

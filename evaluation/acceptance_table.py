@@ -24,13 +24,13 @@ from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig, Model
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import heartbeat
 from cats.files import write_atomically
-from cats.methods import PRESETS, needs_of
+from cats.methods import needs_of
 from cats.settings import as_record
 from evaluation.acceptance_report import built, exits_of
-from evaluation.chosen_model import ChosenModel, chosen_model
+from evaluation.chosen_model import ChosenModel, base_model, chosen_model
 from evaluation.eval import Asking, Contender, answered_ids, run_eval
 from evaluation.options import add_model_flags, chosen_memory
-from evaluation.presets import PRESET_HELP, parse_presets
+from evaluation.presets import PRESET_HELP, parse_presets, runnable_presets
 from evaluation.processes import Processes, choose_device, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, spread_questions
 from evaluation.record_file import check_settings, write_json
@@ -122,7 +122,7 @@ def _answer(subject: Subject, method: MethodConfig, prompt_ids: list[int], confi
 
 def fill_all(args: argparse.Namespace) -> bool:
     """Check everything, load, fill the cells; returns whether this process is the one that builds the table."""
-    methods = parse_presets(args.methods) if args.methods is not None else dict(PRESETS)
+    methods = runnable_presets(base_model(args.model_path)[1]) if args.methods is None else parse_presets(args.methods)
     config = GenerationConfig(max_new_tokens=args.max_new_tokens)
     model = chosen_model(list(methods.values()), args)
     text, memory = load_text(model.directory, args.template), chosen_memory(methods.values(), args.max_new_tokens, args)
@@ -156,7 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog="python -m evaluation.acceptance_table", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_model_flags(parser)
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"{PRESET_HELP} (default: every name)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"{PRESET_HELP} (default: every name that has what it needs here)")
     parser.add_argument("--benches", nargs="+", choices=(*ALIASES, *BENCHES), default=list(BENCHES), help="default: all")
     parser.add_argument("--questions", type=int, help="so many questions of each bench, evenly spread over it (default: all)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="per answer (default: %(default)s)")

@@ -29,14 +29,13 @@ from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import heartbeat, live_bar
 from cats.dtypes import HALVES, NEAR_TIES
 from cats.earlyexit import EarlyExitLlamaForCausalLM
-from cats.methods import PRESETS
 from cats.records import sha256
 from cats.settings import as_record
 from cats.text import ModelText
-from evaluation.chosen_model import ChosenModel, chosen_model
+from evaluation.chosen_model import ChosenModel, base_model, chosen_model
 from evaluation.metrics import ratio
 from evaluation.options import add_model_flags, chosen_memory
-from evaluation.presets import PRESET_HELP, parse_presets
+from evaluation.presets import PRESET_HELP, parse_presets, runnable_presets
 from evaluation.processes import Processes, choose_device, own_share, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
@@ -145,7 +144,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_model_flags(parser)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--methods", nargs="+", metavar="METHOD", help=PRESET_HELP)
-    which.add_argument("--all-methods", action="store_true", help="every name")
+    which.add_argument("--all-methods", action="store_true", help="every name that has what it needs here")
     parser.add_argument("--prompts", required=True, help="a bench name, a question file (.jsonl) or a ShareGPT file (.json, .json.gz)")
     parser.add_argument("--max-new-tokens", type=int, nargs="+", default=[64], help="lengths to compare at (default: 64)")
     parser.add_argument("--limit", type=int, help="compare the first so many prompts (default: all)")
@@ -184,7 +183,7 @@ class Comparison:
 
 def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
     """Check everything that needs no weights; the first fault raises `CatsError`. Records go to `folder` where no output is asked for."""
-    methods = dict(PRESETS) if args.all_methods else parse_presets(args.methods)
+    methods = runnable_presets(base_model(args.model_path)[1]) if args.all_methods else parse_presets(args.methods)
     refuse_half(DTYPES.get(args.compute_dtype))
     for length in args.max_new_tokens:
         GenerationConfig(max_new_tokens=length)

@@ -1,15 +1,18 @@
 """Methods with their settings under short names, for commands that compare several.
 
 A name stands for settings (`cascade_tree`), and may be changed (`cascade_tree:steps=3,sv_passes=2`).
-The presets are the methods' own (`cats.methods.base.Method.presets`). Knows configurations; knows no model.
+The presets are the methods' own (`cats.methods.base.Method.presets`). Loads no model.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cats import CatsError, MethodConfig
-from cats.methods import PRESETS, TITLES
+from cats.earlyexit import read_config
+from cats.methods import CLASSES, PRESETS, TITLES
 from cats.settings import settings_of
 
 PRESET_HELP = f"NAME or NAME:setting=value,...; names: {', '.join(PRESETS)}"
@@ -44,3 +47,15 @@ def title_of(label: str) -> str:
 def parse_presets(texts: Sequence[str]) -> dict[str, MethodConfig]:
     """Configurations by label, in the order given; none twice."""
     return dict(parse_preset(text) for text in texts)
+
+
+def runnable_presets(directory: Path) -> dict[str, MethodConfig]:
+    """All names, but for those that lack something to run with the checkpoint in `directory`, which standard error tells."""
+    base, runnable = read_config(directory), {}
+    for name, config in PRESETS.items():
+        lacking = CLASSES[config.name].lacks(config, base)
+        if lacking is None:
+            runnable[name] = config
+        else:
+            sys.stderr.write(f"{name} is left out: {lacking}\n")
+    return runnable

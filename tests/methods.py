@@ -4,11 +4,16 @@ import dataclasses
 
 from cats.config import MethodConfig
 from cats.methods import small_shapes
+from cats.methods.medusa import MedusaConfig
 from cats.methods.rest import RestConfig
 from cats.settings import flag_of
 from tests.datastores import store_of
+from tests.heads import HEADS, heads_of
 
-SHAPES = small_shapes() | {"rest": RestConfig(store_of(8), longest_match=3, shortest_match=1, continuation=4, total_tokens=12)}
+SHAPES = small_shapes() | {
+    "medusa": MedusaConfig(heads_of(32), nodes=12, depth=HEADS),
+    "rest": RestConfig(store_of(8), longest_match=3, shortest_match=1, continuation=4, total_tokens=12),
+}
 
 
 def flags_of(config: MethodConfig) -> list[str]:

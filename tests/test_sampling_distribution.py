@@ -16,8 +16,10 @@ from scipy.stats import chi2
 
 import cats
 from cats.methods.lookahead import LookaheadConfig
+from cats.methods.medusa import MedusaConfig
 from cats.methods.rest import RestConfig
 from tests.datastores import store_of
+from tests.heads import heads_of
 from tests.methods import SHAPES as EVERY
 from tests.scripted_model import Script, random_script, scripted_model
 
@@ -36,6 +38,7 @@ SHORT: dict[str, cats.MethodConfig] = {  # a text of short cycles shows as much 
     "eagle-tree": cats.EagleSelfConfig(steps=2, tree_topk=3, total_tokens=8),
     "prompt-lookup": cats.PromptLookupConfig(max_ngram=2, continuation=3),
     "lookahead": LookaheadConfig(window=2, levels=3, guesses=3),
+    "medusa": MedusaConfig(heads_of(6 * VOCAB), nodes=6, depth=2),
     "rest": RestConfig(store_of(VOCAB), longest_match=4, shortest_match=1, continuation=3, total_tokens=6),
 }
 SHAPES = SHORT | {name: config for name, config in EVERY.items() if config.name not in {known.name for known in SHORT.values()}}

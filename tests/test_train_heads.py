@@ -118,24 +118,24 @@ def test_loss_and_targets_are_those_of_a_plain_cross_entropy() -> None:
     assert lesson.targets[2].tolist() == ids[0, 5:7].tolist()
 
 
-def test_heads_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_heads_that_are_not_what_their_configuration_says_are_refused(tmp_path: Path) -> None:
     heads = MedusaHeads(HeadsShape(2, 8, 40))
     heads.save_pretrained(tmp_path, torch.float32)
-    assert MedusaHeads.from_pretrained(tmp_path, 8, 40).shape == heads.shape
-    with pytest.raises(CatsError, match="have width 8, the base model has 16"):
-        MedusaHeads.from_pretrained(tmp_path, 16, 40)
-    with pytest.raises(CatsError, match="have vocabulary 40, the base model has 41"):
-        MedusaHeads.from_pretrained(tmp_path, 8, 41)
+    assert MedusaHeads.from_pretrained(tmp_path).shape == heads.shape
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"heads": 3}))
-    with pytest.raises(CatsError, match=r"heads\.2\.weight"):
-        MedusaHeads.from_pretrained(tmp_path, 8, 40)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"heads": "two"}))
-    with pytest.raises(CatsError, match="whole numbers"):
-        MedusaHeads.from_pretrained(tmp_path, 8, 40)
+    for changes, said in (
+        ({"heads": 3}, r"heads\.2\.weight"),
+        ({"hidden_size": 16}, r"heads\.0\.weight"),
+        ({"heads": "two"}, "whole numbers"),
+        ({"own_head": True}, r"lm_heads\.0\.weight"),
+        ({"own_head": True, "vocab_size": None}, "whole numbers"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(CatsError, match=said):
+            MedusaHeads.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(CatsError, match=r"config\.json"):
-        MedusaHeads.from_pretrained(tmp_path, 8, 40)
+        MedusaHeads.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("table", [[[0.5]], [[0.5], []], [[0.5], [1.5]], "no"])

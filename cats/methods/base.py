@@ -16,6 +16,8 @@ from cats.errors import ContractError
 from cats.planning.plan import View
 
 if TYPE_CHECKING:  # what flags need loads no transformers
+    from transformers import PretrainedConfig
+
     from cats.cats_model import MultiAdapterCATSModel
     from cats.state import Cycle, DecodeState
 
@@ -102,6 +104,14 @@ class Method(ABC):
     def needs(cls, config: Any) -> Needs:
         """What this method needs with these settings; asked before anything is loaded."""
         return Needs(cls.adapters)
+
+    @classmethod
+    def lacks(cls, config: Any, base: "PretrainedConfig") -> str | None:
+        """What is missing for this method to run with a base model of this configuration, as a sentence; None: nothing.
+
+        Asked before anything is loaded, of files that `open` would read. Commands that run every method leave out what lacks something.
+        """
+        return None
 
     @classmethod
     def open(cls, model: "MultiAdapterCATSModel", config: Any) -> Any:

@@ -12,9 +12,12 @@ from cats.errors import CatsError
 from cats.methods.base import Method, Needs, Preset
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from cats.cats_model import MultiAdapterCATSModel
     from cats.state import Cycle
 
+NO_DATASTORE = "the method rest looks things up in a datastore; give --datastore FILE (training.build_datastore makes one)."
 MATCHES = 5000
 """Places of a match whose continuations are counted; of more, so many of them, spread evenly."""
 
@@ -45,7 +48,7 @@ class RestConfig(MethodConfig):
     def found_datastore(self) -> Path:
         """The datastore's place; `CatsError` where none was given."""
         if self.datastore is None:
-            raise CatsError("the method rest looks things up in a datastore; give --datastore FILE (training.build_datastore makes one).")
+            raise CatsError(NO_DATASTORE)
         return self.datastore
 
 
@@ -62,6 +65,11 @@ class Rest(Method):
     def needs(cls, config: RestConfig) -> Needs:
         """See `Method`: the datastore, as large as its file."""
         return Needs(held_bytes=0 if config.datastore is None else Datastore.open(config.datastore).nbytes)
+
+    @classmethod
+    def lacks(cls, config: RestConfig, base: "PretrainedConfig") -> str | None:
+        """See `Method`: a datastore."""
+        return NO_DATASTORE if config.datastore is None else None
 
     @classmethod
     def open(cls, model: "MultiAdapterCATSModel", config: RestConfig) -> Datastore:
