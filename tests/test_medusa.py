@@ -38,7 +38,7 @@ class Watched(Medusa):
 
 def watched(model: cats.MultiAdapterCATSModel, config: MedusaConfig) -> tuple[Watched, cats.Generation]:
     method = Watched(config, Medusa.open(model, config))
-    method.model, method.seen = model, []
+    method.seen = []
     return method, cats.generate(model, prompts(1, 12, seed=3)[0], method, ANSWER)
 
 
