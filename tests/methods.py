@@ -10,10 +10,16 @@ from cats.settings import flag_of
 from tests.datastores import store_of
 from tests.heads import HEADS, heads_of
 
-SHAPES = small_shapes() | {
-    "medusa": MedusaConfig(heads_of(32), nodes=12, depth=HEADS),
-    "rest": RestConfig(store_of(8), longest_match=3, shortest_match=1, continuation=4, total_tokens=12),
-}
+
+def shapes_for(width: int) -> dict[str, MethodConfig]:
+    """The shapes for models of this width."""
+    return small_shapes() | {
+        "medusa": MedusaConfig(heads_of(width), nodes=12, depth=HEADS),
+        "rest": RestConfig(store_of(8), longest_match=3, shortest_match=1, continuation=4, total_tokens=12),
+    }
+
+
+SHAPES = shapes_for(width=32)
 
 
 def flags_of(config: MethodConfig) -> list[str]:

@@ -9,13 +9,14 @@ import torch
 
 import cats
 from cats.trace import Confusion, StepTrace
-from tests.methods import SHAPES
+from tests.methods import shapes_for
 from tests.scripted_model import DRAFT_EXIT, LAYERS, SHALLOW_EXIT, Script, follow, scripted_model
 
 CIRCLE = 8
 RIGHT = follow([(token + 1) % CIRCLE for token in range(CIRCLE)])
 WRONG = follow([(token + 2) % CIRCLE for token in range(CIRCLE)])
 LENGTH = 60
+SHAPES = shapes_for(width=6 * CIRCLE)
 
 
 def answer(draft: Script, shallow: Script, method: cats.MethodConfig, **fields: object) -> cats.Generation:

@@ -100,12 +100,14 @@ class Medusa(Method):
     @classmethod
     def open(cls, model: "MultiAdapterCATSModel", config: MedusaConfig) -> HeldHeads:
         """Load the heads and find their tree; missing ones, and those of another model, raise `CatsError`."""
-        base, lacking = model.base, cls.lacks(config, model.base.config)
-        if lacking or config.directory is None:
-            raise CatsError(lacking or "")
-        heads = MedusaHeads.from_pretrained(config.directory)
+        base, directory = model.base, config.directory
+        lacking = cls.lacks(config, base.config)
+        if lacking is not None:
+            raise CatsError(lacking)
+        assert directory is not None
+        heads = MedusaHeads.from_pretrained(directory)
         heads.compute_in(base.dtype, base.device, base.work)
-        accuracy = read_accuracy(config.directory, heads.shape.heads) or assumed_accuracy(config.depth)
+        accuracy = read_accuracy(directory, heads.shape.heads) or assumed_accuracy(config.depth)
         return HeldHeads(heads, best_tree([row[: base.config.vocab_size] for row in accuracy[: config.depth]], config.nodes))
 
     @property
