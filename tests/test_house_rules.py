@@ -23,7 +23,7 @@ LARGEST_FILE = 16 * 2**20
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "files", "records", "turns", "families", "hub", "datastore", "static_tree"}),
     frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings", "text"}),
-    frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "runtime"}),
+    frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "nested", "runtime"}),
     frozenset({"calibration"}),
     frozenset({"embedding", "adapter", "earlyexit", "loading", "held", "cats_model", "medusa_heads"}),
     frozenset({"state"}),
