@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from cats.planning.cost import Passes, Work
 
 
+COARSE_COPIES = ("int8",)
+"""Coarse copies of plain weights, by name."""
+
+
 def require(condition: bool, sentence: str) -> None:
     """Raise `CatsError(sentence)` unless `condition` holds."""
     if not condition:
@@ -117,6 +121,8 @@ class MemoryOptions:
         nodes: nodes of a tree, root included, at most; a planned load grants what its method grows.
         views: other forms of the model that the method drafts with; what they multiply by is resident.
         held_bytes: of what the methods to be run keep with the model (`cats.methods.base.Needs`).
+        coarse: a coarse copy of the layers' matrices that is made when they are loaded, and that `View(precision="coarse")` drafts with:
+            "int8", eight bits a weight and one scale a row. None: none; nested checkpoints bring their own.
         device_bytes: what may be taken of a CUDA device's own memory; `budget_bytes` then counts the host's. None: one memory for all.
     """
 
@@ -130,8 +136,10 @@ class MemoryOptions:
     views: tuple[View, ...] = ()
     device_bytes: int | None = None
     held_bytes: int = 0
+    coarse: str | None = None
 
     def __post_init__(self) -> None:
+        require(self.coarse in (None, *COARSE_COPIES), f"coarse is {self.coarse!r}; it must be {' or '.join(COARSE_COPIES)}.")
         require(self.covers in ("process", "weights"), f"budget-covers is {self.covers!r}; it must be process or weights.")
         require(self.ring >= 1, f"ring-buffers is {self.ring_buffers}; it must be at least 1.")
         require(self.positions >= 1, f"budget-positions is {self.positions}; it must be at least 1.")

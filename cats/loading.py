@@ -22,9 +22,9 @@ from cats.errors import CatsError
 from cats.families import family_of, usable_context
 from cats.kv_cache import head_dim
 from cats.linear import WorkSpace, replace_projections, work_bytes
-from cats.planning.plan import Demand, ModelSizes, Piece, plan_memory
+from cats.planning.plan import COARSE, EXACT, Demand, MemoryPlan, ModelSizes, Piece, plan_memory
 from cats.runtime.store import Store
-from cats.weight import Weight, kind_of
+from cats.weight import Weight, weight_of
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Form = TensorForm | TensorPlace
@@ -36,7 +36,8 @@ class Checkpoint:
 
     Attributes:
         forms: of the tensors that the model takes, by name; with tied embeddings the head stands for the table.
-        pieces: of the layers, in the order of the exact pass, with their names on disk.
+        pieces: of the layers, in the order of the exact pass, with their names on disk (those that are made have names too).
+        shapes: [R, K] of the layers' matrices, by their path.
         weight: the kind of the layers' matrices.
         held, compute: see cats/dtypes.py.
     """
@@ -45,6 +46,7 @@ class Checkpoint:
     config: PretrainedConfig
     forms: Mapping[str, Form]
     pieces: Mapping[Piece, str]
+    shapes: Mapping[str, torch.Size]
     weight: Weight
     held: torch.dtype
     compute: torch.dtype
@@ -84,7 +86,8 @@ def load_base(
             last = config.num_hidden_layers - 1
             raise CatsError(f"an adapter reads exit {adapter.exit_layer}; exits of this base model are 1 to {last}.")
     causal_lm = without_weights(config)
-    checkpoint = look_at(Path(directory), config, causal_lm, (dtype, compute), device, sparing=memory is not None)
+    coarse = memory.coarse if memory else None
+    checkpoint = look_at(Path(directory), config, causal_lm, (dtype, compute), device, memory is not None, coarse)
     asked, table = memory or MemoryOptions(), memory is None or device.type == "cuda"
     demand = demand_of(asked, checkpoint, adapters, interpreter, table)
     check_device(asked, device)
@@ -105,10 +108,10 @@ def without_weights(config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def checkpoint_of(directory: Path, dtypes: tuple[str, str], device: torch.device) -> Checkpoint:
+def checkpoint_of(directory: Path, dtypes: tuple[str, str], device: torch.device, coarse: str | None = None) -> Checkpoint:
     """A checkpoint as a load under a budget sees it."""
     config = read_config(directory)
-    return look_at(directory, config, without_weights(config), dtypes, device, sparing=True)
+    return look_at(directory, config, without_weights(config), dtypes, device, True, coarse)
 
 
 def check_device(asked: MemoryOptions, device: torch.device) -> None:
@@ -118,35 +121,47 @@ def check_device(asked: MemoryOptions, device: torch.device) -> None:
 
 
 def look_at(
-    directory: Path, config: PretrainedConfig, causal_lm: Any, dtypes: tuple[str, str], device: torch.device, sparing: bool
+    directory: Path,
+    config: PretrainedConfig,
+    causal_lm: Any,
+    dtypes: tuple[str, str],
+    device: torch.device,
+    sparing: bool,
+    coarse: str | None = None,
 ) -> Checkpoint:
     """The checkpoint, its tensors checked against those that the model takes."""
     found: dict[str, Form] = dict(locate_tensors(directory) if sparing else tensor_forms(directory))
     held = held_dtype(dtypes[0], config, found)
-    weight = kind_of(config, directory)(held, sparing)
+    weight = weight_of(config, directory, held, sparing, coarse)
     if config.tie_word_embeddings and EMBEDDING in found:
         found[HEAD] = found[EMBEDDING]
     wanted = {name: tensor.shape for name, tensor in causal_lm.state_dict().items()}
     pieces: dict[Piece, str] = {}
+    matrices: dict[str, torch.Size] = {}
     for layer in range(config.num_hidden_layers):
         for matrix in family_of(config.model_type, str(directory)).matrices:
             path = f"model.layers.{layer}.{matrix}"
-            shape = wanted.pop(f"{path}.weight")
-            for part, precisions in weight.parts.items():
+            shape = matrices[path] = wanted.pop(f"{path}.weight")
+            for part in weight.parts:
                 name = weight.stored_as(part, path)
-                wanted[name] = weight.shape(part, shape)
-                if name in found:
-                    pieces[piece_of(layer, matrix, part, precisions, found[name], weight)] = name
+                form = found.get(name, TensorForm(torch.uint8, ()))
+                part_shape = weight.shape(part, shape, form.shape)
+                if part in weight.made:
+                    form = TensorForm(weight.made[part], part_shape)
+                else:
+                    wanted[name] = part_shape
+                pieces[piece_of(layer, matrix, part, form, weight)] = name
     shapes = {name: form.shape for name, form in found.items()}
-    names = check_tensors(wanted, shapes, f"the checkpoint in {directory}", UNUSED_ENTRIES)
+    names = check_tensors(wanted, shapes, f"the checkpoint in {directory}", (*UNUSED_ENTRIES, *weight.unused))
     compute = compute_dtype(dtypes[1], held, device)
-    return Checkpoint(directory, config, {name: found[name] for name in names}, pieces, weight, held, compute)
+    return Checkpoint(directory, config, {name: found[name] for name in names}, pieces, matrices, weight, held, compute)
 
 
-def piece_of(layer: int, matrix: str, part: str, precisions: frozenset[str], form: Form, weight: Weight) -> Piece:
+def piece_of(layer: int, matrix: str, part: str, form: Form, weight: Weight) -> Piece:
     """A part of a matrix as the plan sees it."""
     count = torch.Size(form.shape).numel()
-    return Piece(layer, matrix, count * form.dtype.itemsize, count * weight.resting(part, form.dtype).itemsize, part, frozenset(precisions))
+    nbytes, held = count * form.dtype.itemsize, count * weight.resting(part, form.dtype).itemsize
+    return Piece(layer, matrix, nbytes, held, part, frozenset(weight.parts[part]), part in weight.always)
 
 
 def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[AdapterModel], interpreter: int, table: bool) -> Demand:
@@ -160,7 +175,7 @@ def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[
         pinning=memory.pinning,
         compute_itemsize=checkpoint.compute.itemsize,
         interpreter_bytes=interpreter,
-        views=memory.views,
+        views=memory.views if memory.coarse is None else tuple(dict.fromkeys((*memory.views, COARSE))),
         held_bytes=memory.held_bytes,
         table=table and not checkpoint.tied,
     )
@@ -175,7 +190,7 @@ def sizes_of_checkpoint(checkpoint: Checkpoint, adapters: Sequence[AdapterModel]
     dtypes = {form.dtype for form in multiplied} | {weight.dtype for adapter in adapters for weight in adapter.parameters()}
     matrices: dict[str, int] = {}
     for piece in checkpoint.pieces:
-        if piece.layer == 0:
+        if piece.layer == 0 and EXACT.needs(piece):
             matrices[piece.matrix] = matrices.get(piece.matrix, 0) + piece.nbytes
     largest = max(numbers(form) for form in multiplied)
     return ModelSizes(
@@ -208,20 +223,20 @@ def fill(causal_lm: Any, checkpoint: Checkpoint, store: Store, directly: bool, t
         table: whether the embedding table is resident; else its rows are read when their tokens occur.
     """
     piece_named = {name: piece for piece, name in checkpoint.pieces.items()}
+    made = made_of(checkpoint, store.plan)
     elsewhere = {name for name, piece in piece_named.items() if piece not in store.plan.pinned | store.plan.hosted}
     if checkpoint.tied or not table:
         elsewhere.add(HEAD if checkpoint.tied else EMBEDDING)
-    wanted = [name for name in checkpoint.forms if name not in elsewhere]
+    wanted = [name for name in checkpoint.forms if name not in elsewhere or name in made]
     direct = ((name, store.read(name)) for name in wanted)
     for name, tensor in direct if directly else each_tensor(checkpoint.directory, set(wanted).__contains__):
+        parts = checkpoint.weight.make(tensor) if name in made else {}
+        for piece in made.get(name, ()):
+            store.hold(piece, parts[piece.part], parts[piece.part].dtype, copy=False)
+        if name in elsewhere:
+            continue
         if name in piece_named:
-            piece = piece_named[name]
-            if piece in store.plan.hosted:
-                store.host(piece, tensor)
-                continue
-            resident = store.hold(piece, tensor, checkpoint.weight.resting(piece.part, tensor.dtype), copy=not directly)
-            if checkpoint.weight.parts.keys() == {piece.part}:
-                assign(causal_lm, name, resident)
+            fill_piece(causal_lm, checkpoint, store, name, piece_named[name], tensor, copy=not directly)
         elif name in (HEAD, EMBEDDING):
             grant = "embedding table" if name == EMBEDDING and not checkpoint.tied else "lm_head"
             assign(causal_lm, name, store.place(tensor, checkpoint.resting(name), grant, copy=not directly))
@@ -229,6 +244,28 @@ def fill(causal_lm: Any, checkpoint: Checkpoint, store: Store, directly: bool, t
             assign(causal_lm, name, store.place(tensor.to(checkpoint.held), checkpoint.compute, "norms and biases", copy=True))
     set_table(causal_lm, checkpoint, store, table)
     open_projections(causal_lm, checkpoint, store)
+
+
+def made_of(checkpoint: Checkpoint, plan: MemoryPlan) -> dict[str, list[Piece]]:
+    """Pieces that the plan holds and no file has, by the name of the tensor that they are made of."""
+    found: dict[str, list[Piece]] = {}
+    for piece in checkpoint.pieces:
+        if piece.part in checkpoint.weight.made and piece in plan.pinned:
+            name = checkpoint.weight.stored_as("exact", f"model.layers.{piece.layer}.{piece.matrix}")
+            found.setdefault(name, []).append(piece)
+    return found
+
+
+def fill_piece(causal_lm: Any, checkpoint: Checkpoint, store: Store, name: str, piece: Piece, tensor: torch.Tensor, copy: bool) -> None:
+    """Take a piece that was read as the tensor `name` to its home."""
+    weight = checkpoint.weight
+    weight.check(piece.part, tensor, checkpoint.shapes[f"model.layers.{piece.layer}.{piece.matrix}"], name)
+    if piece in store.plan.hosted:
+        store.host(piece, tensor)
+        return
+    resident = store.hold(piece, tensor, weight.resting(piece.part, tensor.dtype), copy)
+    if weight.parts.keys() == {piece.part}:
+        assign(causal_lm, name, resident)
 
 
 def assign(causal_lm: Any, name: str, tensor: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from cats.planning.profile import AcceptancePoint, AcceptanceProfile, load_accep
 from cats.runtime.budget import GROWTH, interpreter_bytes
 from cats.settings import flag_of, settings_of
 from cats.smollm2 import Report
+from cats.weight import Plain
 
 ACCEPTANCE_FILE = "acceptance.json"
 PLAIN = AcceptancePoint(AutoregressiveConfig(), (), 1.0, 1.0)
@@ -105,7 +106,7 @@ class Loading:
         memory: MemoryOptions,
     ) -> "Loading":
         """Read it; whatever is missing or damaged raises `CatsError`."""
-        checkpoint = checkpoint_of(directory, dtypes, device)
+        checkpoint = checkpoint_of(directory, dtypes, device, memory.coarse)
         read = {
             name: [
                 ((path, model.exit_layer), model)
@@ -172,6 +173,8 @@ def plan_load(loading: Loading, planning: Planning) -> LoadPlan:
     if settings and not any(True for _ in loading.options(profile, settings)):
         given = ", ".join(f"{name} {value}" for name, value in settings.items())
         return default_plan(loading, settings, f"no accepted length was measured with {given}")
+    if type(loading.checkpoint.weight) is not Plain:
+        return default_plan(loading, settings, "the machine's speed is known for plain weights only")
     machine, measured_now = machine_profile(loading.subject(), planning.report, planning.again)
     if memory.flash_bandwidth is not None:
         machine = replace(machine, flash_bytes_per_second=min(machine.flash_bytes_per_second, memory.flash_bandwidth))

@@ -6,14 +6,16 @@ How to add a kind: docs/weights.md.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from cats.config import require
 from cats.dtypes import narrowest, rounded
 from cats.errors import CatsError
 from cats.linear import WorkSpace, product
-from cats.planning.plan import EXACT_PRECISION
+from cats.nested import format
+from cats.planning.plan import COARSE_PRECISION, EXACT_PRECISION
 
 Parts = Mapping[str, torch.Tensor]
 """Tensors by the name of the part, those that the pass's precision needs."""
@@ -24,22 +26,38 @@ class Weight(ABC):
 
     Attributes:
         parts: what a matrix is stored as, in the order in which a pass takes it: name -> the precisions that need it.
+        made: parts that no file holds: `make` makes them of the part "exact" when the model is loaded. Name -> dtype.
+        always: parts so small that they are resident under every plan.
+        unused: ends of names of tensors that mean nothing.
         held: the dtype that values are rounded to.
         sparing: whether residents stay as they are stored where that takes less memory.
     """
 
     parts: ClassVar[Mapping[str, frozenset[str]]]
+    made: ClassVar[Mapping[str, torch.dtype]] = {}
+    always: ClassVar[frozenset[str]] = frozenset()
+    unused: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, held: torch.dtype, sparing: bool):
+    def __init__(self, held: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
+        """Raises `CatsError` for settings (config.json's `quantization_config`) that the kind does not know."""
         self.held, self.sparing = held, sparing
 
     def stored_as(self, part: str, matrix: str) -> str:
         """The tensor's name on disk."""
         return f"{matrix}.weight.{part}"
 
-    def shape(self, part: str, shape: torch.Size) -> torch.Size:
-        """Of a part of a matrix of this shape [R, K]."""
+    def shape(self, part: str, shape: torch.Size, stored: tuple[int, ...]) -> torch.Size:
+        """Of a part of a matrix of this shape [R, K]; `stored` is the one on disk, for parts whose size follows from the numbers."""
         return shape
+
+    def check(  # noqa: B027 - nothing can be wrong with most
+        self, part: str, tensor: torch.Tensor, shape: torch.Size, name: str
+    ) -> None:
+        """Raise `CatsError` where a part of a matrix of this shape [R, K], which was read as the tensor `name`, cannot be one."""
+
+    def make(self, exact_RK: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts that are `made`, of a matrix as it was published."""
+        return {}
 
     def resting(self, part: str, stored: torch.dtype) -> torch.dtype:
         """The dtype in which a part that is stored so is resident."""
@@ -73,17 +91,119 @@ class Plain(Weight):
         return rounded(parts["exact"][start:stop], self.held)
 
 
-KINDS: dict[str, type[Weight]] = {}
+class Int8Copy(Plain):
+    """A matrix as it was published, and a copy of eight bits with one scale a row, which drafts; made when the model is loaded."""
+
+    parts: ClassVar[Mapping[str, frozenset[str]]] = {
+        "exact": frozenset({EXACT_PRECISION}),
+        "codes": frozenset({COARSE_PRECISION}),
+        "scales": frozenset({COARSE_PRECISION}),
+    }
+    made: ClassVar[Mapping[str, torch.dtype]] = {"codes": torch.int8, "scales": torch.float32}
+
+    def stored_as(self, part: str, matrix: str) -> str:
+        """See `Weight`."""
+        return super().stored_as(part, matrix) if part == "exact" else f"{matrix}.weight.{part}"
+
+    def shape(self, part: str, shape: torch.Size, stored: tuple[int, ...]) -> torch.Size:
+        """See `Weight`."""
+        return shape[:1] if part == "scales" else shape
+
+    def resting(self, part: str, stored: torch.dtype) -> torch.dtype:
+        """See `Weight`."""
+        return super().resting(part, stored) if part == "exact" else stored
+
+    def make(self, exact_RK: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes int8 [R, K] and scales float32 [R]: the largest number of a row has the code 127, or -127."""
+        codes = torch.empty(exact_RK.shape, dtype=torch.int8)
+        scales = torch.empty(len(exact_RK))
+        for start, stop in format.row_blocks(0, *exact_RK.shape):
+            numbers = exact_RK[start:stop].float()
+            largest = numbers.abs().amax(1)
+            scales[start:stop] = torch.where(largest > 0, largest / 127, 1.0)
+            codes[start:stop] = (numbers / scales[start:stop, None]).round().clamp(-127, 127).to(torch.int8)
+        return {"codes": codes, "scales": scales}
+
+    def rows(self, parts: Parts, start: int, stop: int) -> torch.Tensor:
+        """See `Weight`."""
+        if "exact" in parts:
+            return super().rows(parts, start, stop)
+        return parts["codes"][start:stop] * parts["scales"][start:stop, None]
+
+
+class Nested(Weight):
+    """A half-precision matrix as codes of eight bits, the bits that they lack, and a short list of exceptions (cats/nested/format.py)."""
+
+    name: ClassVar[str] = "cats_nested"
+    version: ClassVar[int] = 1
+    parts: ClassVar[Mapping[str, frozenset[str]]] = {
+        "exceptions": frozenset({EXACT_PRECISION, COARSE_PRECISION}),
+        "codes": frozenset({EXACT_PRECISION, COARSE_PRECISION}),
+        "residual": frozenset({EXACT_PRECISION}),
+    }
+    always: ClassVar[frozenset[str]] = frozenset({"exceptions"})
+    unused: ClassVar[tuple[str, ...]] = (".filler",)
+
+    def __init__(self, held: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
+        super().__init__(held, sparing)
+        given = settings or {}
+        require(
+            given.get("version") == self.version and given.get("dtype") in format.LAYOUTS,
+            f"these nested weights are of version {given.get('version')} and dtype {given.get('dtype')}; this program knows version "
+            f"{self.version} of {' and '.join(format.LAYOUTS)}. Convert the checkpoint again.",
+        )
+        self.layout = format.LAYOUTS[given["dtype"]]
+
+    @classmethod
+    def settings(cls, dtype: str) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint whose matrices are of this dtype."""
+        return {"quant_method": cls.name, "version": cls.version, "dtype": dtype}
+
+    def shape(self, part: str, shape: torch.Size, stored: tuple[int, ...]) -> torch.Size:
+        """See `Weight`."""
+        if part == "residual":
+            return torch.Size([shape[0], self.layout.row_bytes(shape[1])])
+        return shape if part == "codes" else torch.Size(stored[:1])
+
+    def check(self, part: str, tensor: torch.Tensor, shape: torch.Size, name: str) -> None:
+        """See `Weight`."""
+        expected = torch.int32 if part == "exceptions" else torch.uint8
+        require(tensor.dtype == expected, f"{name} is stored as {tensor.dtype}, not as {expected}; the file is damaged, convert it again.")
+        if part == "exceptions":
+            format.check_exceptions(tensor, tuple(shape), name)
+
+    def rows(self, parts: Parts, start: int, stop: int) -> torch.Tensor:
+        """See `Weight`; in the dtype of the matrix as it was."""
+        codes, listed = parts["codes"], parts["exceptions"]
+        if "residual" in parts:
+            return rounded(format.decode(codes, parts["residual"], listed, self.layout, start, stop), self.held)
+        return rounded(format.decode_coarse(codes, listed, self.layout, start, stop), self.held)
+
+    def product(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, work: WorkSpace) -> torch.Tensor:
+        """See `Weight`."""
+        return product(x, lambda start, stop: self.rows(parts, start, stop), parts["codes"].shape, bias, work)
+
+
+KINDS: dict[str, type[Weight]] = {Nested.name: Nested}
 """Kinds other than plain, by the `quant_method` of config.json's `quantization_config`."""
+COPIES: dict[str, type[Weight]] = {"int8": Int8Copy}
+"""Kinds that add a coarse copy to plain weights, by the name under which it is asked for (`MemoryOptions.coarse`)."""
 
 
-def kind_of(config: object, directory: object) -> type[Weight]:
-    """The kind of a checkpoint's weights; raises `CatsError` for one that is not known."""
+def weight_of(config: object, directory: object, held: torch.dtype, sparing: bool, coarse: str | None = None) -> Weight:
+    """The kind of a checkpoint's weights, for one model; raises `CatsError` for one that is not known.
+
+    Args:
+        held, sparing: see `Weight`.
+        coarse: the copy that is asked for.
+    """
     settings = getattr(config, "quantization_config", None)
     if not settings:
-        return Plain
-    name = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        return Plain(held, sparing) if coarse is None else COPIES[coarse](held, sparing)
+    given = settings if isinstance(settings, dict) else settings.to_dict()
+    name = given.get("quant_method")
     if name not in KINDS:
         known = "".join(f", {kind}" for kind in KINDS)
         raise CatsError(f"the weights in {directory} are quantised by {str(name)!r}; supported are plain ones{known}.")
-    return KINDS[name]
+    require(coarse is None, f"a coarse copy is made of plain weights, and those in {directory} are {name}; leave --coarse out.")
+    return KINDS[name](held, sparing, given)

@@ -13,13 +13,13 @@ import torch
 import cats
 from cats.acceptance import Verdict
 from cats.methods.base import Method
-from cats.planning.plan import View
+from cats.planning.plan import COARSE, View
 from cats.runtime.direct_file import window_bytes
 from cats.state import Cycle
 from tests.scripted_model import LAYERS, random_script, scripted_model
 from tests.tiny_models import LAYERS as TINY_LAYERS
 from tests.tiny_models import TinyModel, prompts
-from tests.weight_kinds import COARSE, of_kind
+from tests.weight_kinds import of_kind, options_of, plain_of
 
 Tiny = Callable[[str], TinyModel]
 CONFIG = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=())
@@ -96,12 +96,12 @@ def test_the_skipping_draft_of_a_scripted_model_loses_only_what_it_skips() -> No
     assert np.corrcoef(logits, target.current_VV[2])[0, 1] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", ["sum", "copy"])
+@pytest.mark.parametrize("kind", ["sum", "copy", "nested", "int8"])
 @pytest.mark.parametrize("ring_buffers", [1, 3])
 def test_resident_coarse_weights_draft_and_streamed_ones_verify(tiny: Tiny, kind: str, ring_buffers: int) -> None:
     """Nothing is streamed for drafting, and the exact model alone decides."""
-    exact, stub = cats.load(tiny("llama").base), ViewStub(COARSE)
-    memory = cats.MemoryOptions(pinning=False, ring_buffers=ring_buffers, views=(COARSE,))
+    exact, stub = cats.load(plain_of(tiny("llama").base, kind)), ViewStub(COARSE)
+    memory = options_of(kind, cats.MemoryOptions(pinning=False, ring_buffers=ring_buffers))
     model = cats.load(of_kind(tiny("llama").base, kind), memory=memory)
     streamer = model.base.source.streamer
     assert streamer is not None

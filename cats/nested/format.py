@@ -191,7 +191,8 @@ def check_exceptions(listed_E: torch.Tensor, shape: tuple[int, ...], name: str) 
         inside = bool(((found.columns >= 0) & (found.columns < columns)).all())
         if ordered and inside and 0 <= int(found.base) < 256:
             return
-    raise CatsError(f"{name} is no list of exceptions of a matrix of {rows} rows and {columns} columns; the file is damaged, make it again.")
+    where = f"a matrix of {rows} rows and {columns} columns"
+    raise CatsError(f"{name} is no list of exceptions of {where}; the file is damaged, convert the checkpoint again.")
 
 
 def check_share(exceptions: int, weights: int, name: str) -> None:

@@ -17,8 +17,9 @@ COVERS = ("process", "weights")
 PREFILL_ROWS = 512
 SAMPLING_BYTES = 32
 """What choosing a token takes per logit, at most: sampling with top-p sorts probabilities in float32, with indices of 8 bytes."""
-EXACT_PRECISION = "exact"
+EXACT_PRECISION, COARSE_PRECISION = "exact", "coarse"
 ALL, BEHIND, HOSTED, LIBRARIES = "all layers", "pinned behind the front", "weights in host memory", "interpreter and libraries"
+ALWAYS = "small parts of streamed weights"
 BY_METHODS = "held by methods"
 STAGING_PLACES = 2
 """On a device, for pieces that are copied there in every pass."""
@@ -33,6 +34,7 @@ class Piece:
         held: bytes in memory where the piece is resident; less than `nbytes` where it is rounded when it is loaded.
         part: which part of its matrix: "exact" is all of it, as it was published.
         precisions: of the views that need it; `EXACT_PRECISION` is the exact pass's.
+        always: whether it is resident under every plan.
     """
 
     layer: int
@@ -41,6 +43,7 @@ class Piece:
     held: int
     part: str = "exact"
     precisions: frozenset[str] = frozenset({EXACT_PRECISION})
+    always: bool = False
 
     @property
     def sublayer(self) -> tuple[int, str]:
@@ -70,6 +73,8 @@ class View:
 
 
 EXACT = View()
+COARSE = View(precision=COARSE_PRECISION)
+"""The whole model, of weights that are stored or held in a coarse form as well."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,9 @@ class Demand:
     held_bytes: int = 0
 
     def keeps(self, piece: Piece) -> bool:
-        """Whether `piece` must be resident: drafting multiplies by it."""
-        return (piece.layer < self.front and EXACT.needs(piece)) or any(view.needs(piece) for view in self.views)
+        """Whether `piece` must be resident: drafting multiplies by it, or it always is."""
+        front = (piece.layer < self.front or piece.always) and EXACT.needs(piece)
+        return front or any(view.needs(piece) for view in self.views)
 
 
 @dataclass(frozen=True)
@@ -275,6 +281,8 @@ def plan_two_memories(sizes: ModelSizes, demand: Demand, budget_bytes: int | Non
 
 def front_name(demand: Demand) -> str:
     """What the ledger calls the pieces that drafting needs."""
+    if not demand.front and not demand.views:
+        return ALWAYS
     return f"layers [0, {demand.front})" + (" and draft views" if demand.views else "")
 
 
