@@ -24,6 +24,8 @@ from cats.errors import CatsError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+NESTED_INDEX = "nested.safetensors.index.json"
+"""Of nested checkpoints (docs/nested.md), under a name that transformers does not look for: it would load what it found at random."""
 CONFIG_FAULTS = (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError)
 """What transformers raises on a configuration that it cannot use."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -82,14 +84,14 @@ def weight_files(directory: str | Path) -> list[Path]:
     directory = Path(directory)
     if not directory.is_dir():
         raise CatsError(f"there is no directory {directory}; give the path of a checkpoint directory.")
-    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
+    for single, index in (("", NESTED_INDEX), *zip(SINGLE_FILES, INDEX_FILES, strict=True)):
         if (directory / index).exists():
             shards = sorted(set(read_index(directory / index).values()))
             for shard in shards:
                 if not (directory / shard).exists():
                     raise CatsError(f"{directory / index} names the shard {shard}, which is not there; fetch the checkpoint again.")
             return [directory / shard for shard in shards]
-        if (directory / single).exists():
+        if single and (directory / single).exists():
             return [directory / single]
     raise CatsError(f"{directory} holds no weights; expected {SINGLE_FILES[0]}, {SINGLE_FILES[1]} or their sharded form with an index.")
 

@@ -7,10 +7,10 @@ from cats.errors import CatsError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SETTINGS = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("config.json", "original_config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "chat_template*"),
 )
-SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json", "nested-*.safetensors", "nested.safetensors.index.json")
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -46,7 +46,7 @@ def fetch(hub_id: str) -> Path:
         if constants.HF_HUB_OFFLINE:
             return Path(snapshot_download(hub_id, local_files_only=True))
         files = HfApi().list_repo_files(hub_id)
-        weights = SAFETENSORS if any(re.fullmatch(r"model.*\.safetensors", name) for name in files) else PICKLES
+        weights = SAFETENSORS if any(re.fullmatch(r"(model|nested-).*\.safetensors", name) for name in files) else PICKLES
         return Path(snapshot_download(hub_id, allow_patterns=[*SETTINGS, *weights]))
     except GatedRepoError as error:
         raise CatsError(f"{hub_id} asks for consent: accept its terms on the hub, then run `hf auth login`.") from error

@@ -181,6 +181,13 @@ def exceptions_of(listed_E: torch.Tensor, rows: int) -> Exceptions:
     return Exceptions(*listed_E.split([HEADER, rows + 1, entries, entries]))
 
 
+def exceptions_between(listed_E: torch.Tensor, rows: int, start: int, stop: int) -> torch.Tensor:
+    """The list of rows [start, stop) alone, of that of a matrix of so many rows."""
+    found = exceptions_of(listed_E, rows)
+    first, last = found.starts[[start, stop]].tolist()
+    return listed(int(found.base), found.starts[start : stop + 1].diff(), found.columns[first:last], found.bits[first:last])
+
+
 def check_exceptions(listed_E: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
     """Raise `CatsError` unless the tensor `name` can be the list of a matrix of this shape; decoding relies on it."""
     rows, columns = shape
