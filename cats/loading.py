@@ -161,7 +161,8 @@ def piece_of(layer: int, matrix: str, part: str, form: Form, weight: Weight) -> 
     """A part of a matrix as the plan sees it."""
     count = torch.Size(form.shape).numel()
     nbytes, held = count * form.dtype.itemsize, count * weight.resting(part, form.dtype).itemsize
-    return Piece(layer, matrix, nbytes, held, part, frozenset(weight.parts[part]), part in weight.always)
+    stands_for = weight.stands_for.get(part, frozenset())
+    return Piece(layer, matrix, nbytes, held, part, frozenset(weight.parts[part]), part in weight.always, stands_for)
 
 
 def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[AdapterModel], interpreter: int, table: bool) -> Demand:

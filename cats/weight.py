@@ -27,6 +27,7 @@ class Weight(ABC):
     Attributes:
         parts: what a matrix is stored as, in the order in which a pass takes it: name -> the precisions that need it.
         made: parts that no file holds: `make` makes them of the part "exact" when the model is loaded. Name -> dtype.
+        stands_for: part -> precisions that it serves too where it is resident, in the place of parts that serve no other.
         always: parts so small that they are resident under every plan.
         unused: ends of names of tensors that mean nothing.
         held: the dtype that values are rounded to.
@@ -35,6 +36,7 @@ class Weight(ABC):
 
     parts: ClassVar[Mapping[str, frozenset[str]]]
     made: ClassVar[Mapping[str, torch.dtype]] = {}
+    stands_for: ClassVar[Mapping[str, frozenset[str]]] = {}
     always: ClassVar[frozenset[str]] = frozenset()
     unused: ClassVar[tuple[str, ...]] = ()
 
@@ -100,6 +102,7 @@ class Int8Copy(Plain):
         "scales": frozenset({COARSE_PRECISION}),
     }
     made: ClassVar[Mapping[str, torch.dtype]] = {"codes": torch.int8, "scales": torch.float32}
+    stands_for: ClassVar[Mapping[str, frozenset[str]]] = {"exact": frozenset({COARSE_PRECISION})}
 
     def stored_as(self, part: str, matrix: str) -> str:
         """See `Weight`."""

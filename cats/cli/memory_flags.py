@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Iterable
 
-from cats.config import MemoryOptions, MethodConfig, require
-from cats.methods import with_needs
-from cats.planning.plan import COVERS, parse_amount
+from cats.config import COARSE_COPIES, MemoryOptions, MethodConfig, require
+from cats.methods import needs_of, with_needs
+from cats.planning.plan import COARSE_PRECISION, COVERS, parse_amount
 
 PROMPT_POSITIONS = 1024
 """Positions planned for the prompt where --budget-positions does not say."""
@@ -22,6 +22,11 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--budget-positions", type=int, help=f"prompt and answer together, at most (default: {PROMPT_POSITIONS} and --max-new-tokens)"
     )
+    group.add_argument(
+        "--coarse",
+        choices=COARSE_COPIES,
+        help="hold a copy of the layers' matrices of eight bits a weight, for methods that draft with one",
+    )
     group.add_argument("--ledger", action="store_true", help="print what the budget is spent on")
 
 
@@ -31,7 +36,10 @@ def memory_options(args: argparse.Namespace, max_new_tokens: int, methods: Itera
     Args:
         methods: to be run; the options have room for what any of them grows, drafts with and holds.
     """
+    methods = tuple(methods)
     given = args.memory_budget is not None or args.no_pinning
+    if args.coarse is not None:
+        check_coarse(methods)
     if not given:
         for flag in ("budget_covers", "flash_bandwidth", "ring_buffers", "budget_positions"):
             require(
@@ -39,7 +47,7 @@ def memory_options(args: argparse.Namespace, max_new_tokens: int, methods: Itera
                 f"--{flag.replace('_', '-')} is about weights that are streamed; give --memory-budget or --no-pinning with it.",
             )
         require(not args.ledger, "--ledger shows what a budget is spent on; give --memory-budget or --no-pinning with it.")
-        return None
+        return None if args.coarse is None else with_needs(MemoryOptions(coarse=args.coarse), *methods)
     require(
         args.budget_positions is None or (args.memory_budget is not None and args.budget_covers != "weights"),
         "--budget-positions sizes the caches, which only a --memory-budget for the whole process counts; give one, or leave it out.",
@@ -53,5 +61,12 @@ def memory_options(args: argparse.Namespace, max_new_tokens: int, methods: Itera
         pinning=not args.no_pinning,
         ring_buffers=default.ring if args.ring_buffers is None else args.ring_buffers,
         positions=positions,
+        coarse=args.coarse,
     )
     return with_needs(memory, *methods)
+
+
+def check_coarse(methods: Iterable[MethodConfig]) -> None:
+    """Raise `CatsError` where a coarse copy would be held for nothing."""
+    drafts = [config.name for config in methods if any(view.precision == COARSE_PRECISION for view in needs_of(config).views)]
+    require(bool(drafts), "--coarse holds a copy that some methods draft with; name one of them by --method, or leave it out.")

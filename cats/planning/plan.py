@@ -35,6 +35,7 @@ class Piece:
         part: which part of its matrix: "exact" is all of it, as it was published.
         precisions: of the views that need it; `EXACT_PRECISION` is the exact pass's.
         always: whether it is resident under every plan.
+        stands_for: precisions that it serves too where it is resident: pieces of its matrix that serve no other are then left out.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class Piece:
     part: str = "exact"
     precisions: frozenset[str] = frozenset({EXACT_PRECISION})
     always: bool = False
+    stands_for: frozenset[str] = frozenset()
 
     @property
     def sublayer(self) -> tuple[int, str]:
@@ -226,19 +228,26 @@ def plan_memory(
         return plan_two_memories(sizes, demand, budget_bytes, covers, device_bytes)
     fixed = fixed_charges(sizes, demand, covers)
     used = [piece for piece in sizes.pieces if demand.keeps(piece) or EXACT.needs(piece)]
-    total = resident_bytes(used, covers)
     limit = float("inf") if budget_bytes is None else budget_bytes
-    if demand.pinning and sum(nbytes for _, nbytes in fixed) + total <= limit:
-        return MemoryPlan(demand, budget_bytes, covers, frozenset(used), (), 0, 0, (*fixed, (ALL, total)), sizes)
-    front = [piece for piece in used if demand.keeps(piece)]
+    for whole in (used, without_spared(used, used)):
+        total = resident_bytes(whole, covers)
+        if demand.pinning and sum(nbytes for _, nbytes in fixed) + total <= limit:
+            return MemoryPlan(demand, budget_bytes, covers, frozenset(whole), (), 0, 0, (*fixed, (ALL, total)), sizes)
+    kept = [piece for piece in used if demand.keeps(piece)]
+    front = without_spared(kept, kept)
     behind = [piece for piece in used if not demand.keeps(piece)]
     ring = ring_bytes(behind, demand)
     needed = [*fixed, (front_name(demand), resident_bytes(front, covers)), ("ring", arena(ring, covers))]
     left = limit - sum(nbytes for _, nbytes in needed)
     if left < 0:
         raise BudgetError(refusal(sizes, demand, int(limit), covers, needed))
-    room = int(left) // arena(1, covers) * arena(1, covers) if demand.pinning else 0
-    extra = spread([(piece, held(piece.held, covers)) for piece in behind], room)
+    gains = {piece: sum(held(other.held, covers) for other in spared_by(piece, front)) for piece in behind}
+    unit = arena(1, covers)
+    slack = unit if unit > 1 and any(gains.values()) else 0  # bytes that move from one rounded sum to another
+    room = max(0, int(left) // unit * unit - slack) if demand.pinning else 0
+    extra = spread([(piece, held(piece.held, covers) - gains[piece]) for piece in behind], room)
+    front = without_spared(front, extra)
+    needed[-2] = (front_name(demand), resident_bytes(front, covers))
     streamed = tuple(piece for piece in behind if piece not in extra)
     charges = tuple((name, nbytes) for name, nbytes in (*needed, (BEHIND, resident_bytes(extra, covers))) if nbytes)
     streamed_bytes = sum(piece.nbytes for piece in streamed)
@@ -277,6 +286,23 @@ def plan_two_memories(sizes: ModelSizes, demand: Demand, budget_bytes: int | Non
     device = (*needed, (BEHIND, sum(piece.held for piece in extra)))
     moved = sum(piece.nbytes for piece in streamed)
     return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, moved, charges, sizes, hosted, device)
+
+
+def without_spared(pieces: Iterable[Piece], resident: Iterable[Piece]) -> list[Piece]:
+    """The pieces but those that resident ones of the same matrix stand for."""
+    served: dict[tuple[int, str], frozenset[str]] = {}
+    for piece in resident:
+        place = piece.layer, piece.matrix
+        served[place] = served.get(place, frozenset()) | piece.stands_for
+    return [piece for piece in pieces if not piece.precisions <= served.get((piece.layer, piece.matrix), frozenset())]
+
+
+def spared_by(piece: Piece, pieces: Iterable[Piece]) -> list[Piece]:
+    """Those that it stands for where it is resident."""
+    if not piece.stands_for:
+        return []
+    place = piece.layer, piece.matrix
+    return [other for other in pieces if (other.layer, other.matrix) == place and other.precisions <= piece.stands_for]
 
 
 def front_name(demand: Demand) -> str:

@@ -175,9 +175,13 @@ class Store:
 
     def check(self, view: View) -> None:
         """Raise `CatsError` where a view other than EXACT cannot run: it would draft with weights that are not resident."""
-        known = {precision for piece in (*self.plan.pinned, *self.plan.streamed, *self.plan.hosted) for precision in piece.precisions}
+        homes = (*self.plan.pinned, *self.plan.streamed, *self.plan.hosted)
+        known = {precision for piece in homes for precision in piece.precisions | piece.stands_for}
         if view.precision not in known | {EXACT.precision}:
-            raise CatsError(f"the weights have no {view.precision} form to draft with; known are {', '.join(sorted(known))}.")
+            raise CatsError(
+                f"the weights have no {view.precision} form to draft with; known are {', '.join(sorted(known))}. Nested checkpoints have a "
+                "coarse form (python -m cats.cli.nest), and --coarse int8 makes one of plain weights."
+            )
         missing = next((piece for piece in (*self.plan.streamed, *self.plan.hosted) if view.needs(piece)), None)
         if missing is not None:
             raise CatsError(
@@ -208,7 +212,9 @@ class Store:
         resident: dict[str, dict[str, torch.Tensor]] = {}
         streamed: dict[str, list[Piece]] = {}
         for precision in {precision for piece in pieces for precision in piece.precisions}:
+            stand_in = [piece for piece in pieces if precision in piece.stands_for and piece in self._resident]
             needed = [piece for piece in pieces if precision in piece.precisions]
+            needed = stand_in if stand_in and not any(piece in self._resident for piece in needed) else needed
             resident[precision] = {piece.part: self._resident[piece] for piece in needed if piece in self._resident}
             streamed[precision] = [piece for piece in needed if piece not in self._resident]
 
