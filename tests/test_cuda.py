@@ -15,7 +15,7 @@ from cats.state import Cycle, DecodeState
 from tests.methods import SHAPES
 from tests.test_streaming import assert_equal, run
 from tests.tiny_models import TinyModel, prompts
-from tests.weight_kinds import of_kind, views_of
+from tests.weight_kinds import of_kind, options_of, plain_of
 
 Tiny = Callable[[str], TinyModel]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -36,11 +36,12 @@ def loaded(tiny: TinyModel, memory: cats.MemoryOptions | None, kind: str = "plai
     return cats.load(of_kind(tiny.base, kind), tiny.adapters, dtype="float32", device="cuda", memory=memory)
 
 
-@pytest.mark.parametrize("kind", ["plain", "sum", "copy"])
+@pytest.mark.parametrize("kind", ["plain", "sum", "copy", "nested", "int8"])
 @pytest.mark.parametrize("shape", ["autoregressive", "cascade-tree", "kangaroo"])
 def test_streamed_is_resident(tiny: Tiny, kind: str, shape: str) -> None:
-    memory = cats.MemoryOptions(pinning=False, ring_buffers=2, views=views_of(kind))
-    assert_equal(run(loaded(tiny("llama"), memory, kind), shape), run(loaded(tiny("llama"), None), shape))
+    memory = options_of(kind, cats.MemoryOptions(pinning=False, ring_buffers=2))
+    resident = cats.load(plain_of(tiny("llama").base, kind), tiny("llama").adapters, dtype="float32", device="cuda")
+    assert_equal(run(loaded(tiny("llama"), memory, kind), shape), run(resident, shape))
 
 
 @pytest.mark.parametrize("memory", [None, STREAMED], ids=["resident", "streamed"])
