@@ -188,12 +188,15 @@ def sizes_of_checkpoint(checkpoint: Checkpoint, adapters: Sequence[AdapterModel]
     in_pieces = set(checkpoint.pieces.values())
     multiplied = [form for name, form in forms.items() if name == HEAD or name in in_pieces]
     small = [form for name, form in forms.items() if name.startswith("model.layers.0.") and name not in in_pieces]
-    dtypes = {form.dtype for form in multiplied} | {weight.dtype for adapter in adapters for weight in adapter.parameters()}
+    dtypes = {form.dtype for form in multiplied if form.dtype.is_floating_point} | {
+        weight.dtype for adapter in adapters for weight in adapter.parameters()
+    }
     matrices: dict[str, int] = {}
     for piece in checkpoint.pieces:
         if piece.layer == 0 and EXACT.needs(piece):
             matrices[piece.matrix] = matrices.get(piece.matrix, 0) + piece.nbytes
     largest = max(numbers(form) for form in multiplied)
+    scratch = max(shape.numel() for shape in checkpoint.shapes.values()) * checkpoint.weight.scratch_bytes
     return ModelSizes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -204,7 +207,7 @@ def sizes_of_checkpoint(checkpoint: Checkpoint, adapters: Sequence[AdapterModel]
         other_layer_bytes=sum(numbers(form) * compute.itemsize for form in small),
         lm_head_bytes=numbers(forms[HEAD]) * checkpoint.resting(HEAD).itemsize,
         adapter_bytes=-(-sum(adapter.bytes_in(compute) for adapter in adapters) // max(1, len(adapters))),
-        widen_bytes=work_bytes(largest, dtypes, checkpoint.held, compute),
+        widen_bytes=work_bytes(largest, dtypes, checkpoint.held, compute) + scratch,
         rotary_numbers=usable_context(config) * head_dim(config),
         stored=tuple(checkpoint.pieces),
         table_bytes=numbers(forms[EMBEDDING]) * checkpoint.resting(EMBEDDING).itemsize,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from cats.config import require
-from cats.dtypes import narrowest, rounded
+from cats.dtypes import is_exact, narrowest, rounded
 from cats.errors import CatsError
 from cats.linear import WorkSpace, product
 from cats.nested import format
@@ -43,6 +43,11 @@ class Weight(ABC):
     def __init__(self, held: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
         """Raises `CatsError` for settings (config.json's `quantization_config`) that the kind does not know."""
         self.held, self.sparing = held, sparing
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What `rows` takes for each weight of a matrix beside the parts, at most; plain weights that are rounded are counted elsewhere."""
+        return 0
 
     def stored_as(self, part: str, matrix: str) -> str:
         """The tensor's name on disk."""
@@ -116,6 +121,11 @@ class Int8Copy(Plain):
         """See `Weight`."""
         return super().resting(part, stored) if part == "exact" else stored
 
+    @property
+    def scratch_bytes(self) -> int:
+        """See `Weight`: the copy as float32."""
+        return torch.float32.itemsize
+
     def make(self, exact_RK: torch.Tensor) -> dict[str, torch.Tensor]:
         """Codes int8 [R, K] and scales float32 [R]: the largest number of a row has the code 127, or -127."""
         codes = torch.empty(exact_RK.shape, dtype=torch.int8)
@@ -156,6 +166,12 @@ class Nested(Weight):
             f"{self.version} of {' and '.join(format.LAYOUTS)}. Convert the checkpoint again.",
         )
         self.layout = format.LAYOUTS[given["dtype"]]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """See `Weight`: the matrix as it was, and rounded where it is."""
+        dtype = self.layout.dtype
+        return dtype.itemsize + (0 if is_exact(dtype, self.held) else self.held.itemsize)
 
     @classmethod
     def settings(cls, dtype: str) -> dict[str, Any]:

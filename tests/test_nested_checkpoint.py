@@ -1,6 +1,7 @@
 """Checkpoints become nested and themselves again, whatever interrupts the work; what is damaged or unsuited is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cats
+from cats.adapter import AdapterModel
 from cats.checkpoint import locate_tensors
 from cats.cli.nest import main
+from cats.loading import checkpoint_of, sizes_of_checkpoint
 from cats.nested import conversion
 from cats.nested.growing import Making, part_directory
+from cats.planning.profile import AcceptancePoint, AcceptanceProfile, save_acceptance
 from tests.tiny_models import FAMILIES, TinyModel
 from tests.weight_kinds import options_of, rewritten
 
@@ -148,6 +152,35 @@ def test_a_killed_run_goes_on_where_it_was(tiny: Tiny, tmp_path: Path, monkeypat
     assert not part_directory(tmp_path / "nested").exists()
 
 
+def test_a_killed_restoration_goes_on_too(nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[str] = []
+
+    def dying(*arguments: object) -> None:
+        if len(restored) == 20:
+            raise KeyboardInterrupt
+        restored.append(str(arguments[1]))
+        work(*arguments)
+
+    work: Callable[..., None] = conversion.restore_tensor
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, "restore_tensor", dying)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.restore(conversion.opened(nested), tmp_path / "back")
+    again: list[str] = []
+
+    def counting(*arguments: object) -> None:
+        again.append(str(arguments[1]))
+        work(*arguments)
+
+    monkeypatch.setattr(conversion, "restore_tensor", counting)
+    conversion.restore(conversion.opened(nested), tmp_path / "back")
+    expected, found = load_file(tmp_path / "source" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not set(again) & set(restored)
+    assert len(again) + len(restored) == len(expected)
+
+
 def test_another_source_begins_again(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "nested"
     with monkeypatch.context() as patched:
@@ -225,6 +258,33 @@ def test_what_cannot_be_nested_is_refused(tiny: Tiny, tmp_path: Path, monkeypatc
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
     assert "GB and the disk has 0.00 GB free" in refused(tmp_path / "source")
+
+
+def test_work_space_is_granted_for_the_largest_matrix_that_is_decoded(nested: Path, tmp_path: Path) -> None:
+    """Beside the blocks that every product takes: two bytes a weight, four of an int8 copy; not for head and table."""
+    float32, cpu = ("float32", "float32"), torch.device("cpu")
+    adapters: list[AdapterModel] = []
+    plain = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", float32, cpu), adapters).widen_bytes
+    for dtypes, nbytes in ((float32, 2), (("float64", "float64"), 2)):
+        found = sizes_of_checkpoint(checkpoint_of(nested, dtypes, cpu), adapters).widen_bytes
+        expected = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", dtypes, cpu), adapters).widen_bytes
+        assert found - expected == nbytes * 32 * 48
+    copied = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", float32, cpu, "int8"), adapters).widen_bytes
+    assert copied - plain == 4 * 32 * 48
+
+
+def test_a_planned_load_does_what_adapters_do_by_default(tiny: Tiny, nested: Path, tmp_path: Path) -> None:
+    """The machine is measured with plain weights, so nothing is predicted of others."""
+    for name in ("draft", "shallow"):
+        shutil.copytree(getattr(tiny("llama"), name), tmp_path / "adapters" / name)
+    save_acceptance(
+        AcceptanceProfile((AcceptancePoint(cats.AutoregressiveConfig(), (), 1.0, 1.0),)), tmp_path / "adapters" / "acceptance.json"
+    )
+    adapters = {"draft": tmp_path / "adapters" / "draft", "shallow": tmp_path / "adapters" / "shallow"}
+    model = cats.load(nested, adapters, memory=cats.MemoryOptions(200_000, "weights"))
+    assert model.plan is not None
+    assert model.plan.method.name == "cascade"
+    assert "for plain weights only" in model.plan.reason
 
 
 def test_the_command_says_what_it_needs(tiny: Tiny, tmp_path: Path) -> None:
