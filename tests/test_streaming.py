@@ -107,7 +107,8 @@ def test_budgets_from_the_smallest_to_everything(tiny: Tiny, kind: str, family: 
     model = streamed(tiny(family), cats.MemoryOptions(round(least + share * (everything - least)), "weights", ring_buffers=1), kind)
     plan = plan_of(model)
     assert plan.charged <= (plan.budget_bytes or 0)
-    assert bool(plan.streamed) == (share < 1)
+    copies = sum(piece.nbytes for piece in plan.pinned if not piece.precisions & {"exact"}) if kind == "int8" else 0
+    assert bool(plan.streamed) == (share < 1 and (kind != "int8" or copies > 0))  # matrices that are pinned give up their copies
     assert_equal(run(model, shape), expected(tiny(family), shape, kind))
 
 
