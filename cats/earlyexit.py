@@ -91,7 +91,8 @@ class EarlyExitLlamaForCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Compute device."""
-        return next(self.norm.parameters()).device
+        weight: torch.Tensor = self.norm.weight  # type: ignore[assignment]
+        return weight.device
 
     @classmethod
     def from_pretrained(

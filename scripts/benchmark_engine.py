@@ -1,9 +1,10 @@
-"""What the engine itself costs: plain decoding against transformers' own, and the share of a cycle spent outside the model.
+"""What a pass and a token cost with all weights in memory, beside transformers and llama.cpp, and what a cycle spends outside the model.
 
-    python -m scripts.benchmark_engine [--model-path M --adapters FOLDER --draft-layer 3 --shallow-layer 15] [--output FILE.json]
+    python -m scripts.benchmark_engine [--gguf FILE.gguf ...] [--threads 1 2] [--output FILE.json]
 
-Two things are compared in one run, in turns, in float32, all in memory: `transformers.generate` and our plain decoding, and our
-methods among themselves. "Overhead" is the part of a cycle outside layers, adapters and lm_head.
+Engines and methods take turns in one run: milliseconds of a pass over 1 to 40 rows behind a prompt of 40 tokens, tokens per second of
+plain greedy decoding (on text that must be transformers' own), and per method the cycle by stage. "Overhead" is the part of a cycle
+outside layers, adapters and lm_head. GGUF files of the same model are read by llama-cpp-python, where that is installed.
 """
 
 import argparse
@@ -18,19 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import cats
+from cats import kernels
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import heartbeat, live_bar
 from cats.files import write_atomically
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.options import add_place_flags
-from evaluation.timing import environment, paired
+from evaluation.timing import environment, seconds_of
+from scripts.pass_engines import LlamaCpp, Ours, PassEngine, Transformers
 
+ROWS = (1, 4, 8, 20, 40)
 METHODS: dict[str, cats.MethodConfig] = {
     "plain": cats.AutoregressiveConfig(),
     "kangaroo": cats.KangarooConfig(),
+    "prompt lookup": cats.PromptLookupConfig(),
     "cats chain": cats.CascadeConfig(),
     "cats tree": cats.CascadeConfig(tree_topk=10, total_tokens=40),
 }
@@ -45,50 +49,55 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """The model in our engine and in transformers, and the prompts."""
+    """The engines on one number of threads, ours first, and the prompts."""
 
     model: cats.MultiAdapterCATSModel
-    plain: Any
+    engines: list[PassEngine]
     prompts: list[list[int]]
     config: cats.GenerationConfig
 
     def ours(self, method: cats.MethodConfig) -> list[cats.Generation]:
         """All prompts through one method."""
-        return [cats.generate(self.model, prompt, cats.build_method(method, self.model), self.config) for prompt in self.prompts]
-
-    def theirs(self) -> list[list[int]]:
-        """All prompts through transformers' greedy generation."""
-        return [self._generate(prompt) for prompt in self.prompts]
-
-    def _generate(self, prompt: list[int]) -> list[int]:
-        ids = torch.tensor([prompt])
-        output = self.plain.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=self.config.max_new_tokens, pad_token_id=0
-        )
-        return list(output[0, len(prompt) :].tolist())
+        return [cats.generate(self.model, prompt, cats.build_method(method), self.config) for prompt in self.prompts]
 
 
-def load_subject(place: ChosenModel, new_tokens: int) -> Subject:
+def load_subject(place: ChosenModel, arguments: argparse.Namespace, threads: int) -> Subject:
     """Load everything once."""
-    model = cats.load(place.directory, place.adapters, dtype="float32")
+    model = cats.load(place.directory, place.adapters)
     prompts = [model.text.prompt_ids(question) for question in QUESTIONS]
-    plain = AutoModelForCausalLM.from_pretrained(place.directory, dtype=torch.float32).eval()
-    return Subject(model, plain, prompts, cats.GenerationConfig(max_new_tokens=new_tokens))
+    engines: list[PassEngine] = [Ours(model, f"ours, {str(model.base.held_dtype).removeprefix('torch.')} weights")]
+    engines += [Transformers(place.directory), *(LlamaCpp(path, threads) for path in arguments.gguf)]
+    return Subject(model, engines, prompts, cats.GenerationConfig(max_new_tokens=arguments.new_tokens, eos_token_ids=()))
 
 
-def against_transformers(subject: Subject, repeats: int) -> dict[str, Any]:
-    """Seconds of transformers' and our plain decoding over all prompts, in turns; identical output is a condition."""
-    plain = METHODS["plain"]
-    if [answer.ids for answer in subject.ours(plain)] != subject.theirs():
+def passes(subject: Subject, repeats: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a pass by engine and rows; engines take turns, each behind its own prompt of 40 tokens."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for turn in live_bar(range(repeats + 1), desc="passes"):
+        for engine in subject.engines:
+            engine.begin(subject.prompts[0][:1] * 40)
+            for rows in ROWS:
+                several = [seconds_of(lambda: engine.run(rows)) for _ in range(5)]  # noqa: B023 - called at once
+                seconds.setdefault((engine.name, rows), []).extend(several[1:] if turn else [])
+    return {engine.name: {str(rows): 1e3 * statistics.median(seconds[engine.name, rows]) for rows in ROWS} for engine in subject.engines}
+
+
+def plain_decoding(subject: Subject, repeats: int) -> dict[str, Any]:
+    """Tokens per second of greedy decoding by engine, the prompt's pass included; answers of ours are transformers' or this raises."""
+    answers = {
+        engine.name: [engine.greedy(prompt, subject.config.max_new_tokens) for prompt in subject.prompts] for engine in subject.engines
+    }
+    ours, theirs = subject.engines[0].name, subject.engines[1].name
+    if answers[ours] != answers[theirs]:
         raise cats.CatsError("plain decoding differs from transformers.generate; run evaluation.correctness to see where.")
-    tokens = sum(len(ids) for ids in subject.theirs())
-    timing = paired(subject.theirs, lambda: subject.ours(plain), repeats)
-    return {
-        "tokens": tokens,
-        "transformers_tokens_per_s": tokens / timing.first_median,
-        "ours_tokens_per_s": tokens / timing.second_median,
-        "speed_up": timing.ratio,
-    } | timing.as_record()
+    seconds: dict[str, list[float]] = {engine.name: [] for engine in subject.engines}
+    for _ in live_bar(range(repeats), desc="plain decoding"):
+        for engine in subject.engines:
+            for prompt in subject.prompts:
+                seconds[engine.name].append(seconds_of(lambda: engine.greedy(prompt, subject.config.max_new_tokens)))  # noqa: B023
+    rates = {name: subject.config.max_new_tokens / statistics.median(found) for name, found in seconds.items()}
+    same = {name: sum(one == other for one, other in zip(found, answers[theirs], strict=True)) for name, found in answers.items()}
+    return {name: {"tokens_per_s": rates[name], "answers_equal_to_transformers": same[name], "of": len(subject.prompts)} for name in rates}
 
 
 def overheads(subject: Subject, repeats: int) -> dict[str, Any]:
@@ -131,27 +140,36 @@ def profile(subject: Subject, name: str, lines: int = 25) -> str:
     return f"{name}\n{text.getvalue()}"
 
 
+def measured(place: ChosenModel, arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
+    """Everything, on so many threads."""
+    torch.set_num_threads(threads)
+    with heartbeat(f"loading {place.name}"):
+        subject = load_subject(place, arguments, threads)
+    decoding = plain_decoding(subject, arguments.repeats)
+    return {"pass_ms": passes(subject, arguments.repeats), "plain": decoding, "methods": overheads(subject, arguments.repeats)}
+
+
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_place_flags(parser)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="files of the same model for llama.cpp")
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="CPU threads, one run for each (default: 1)")
     parser.add_argument("--profile", action="store_true", help="print where the time of each method goes, and stop")
     parser.add_argument("--output", type=Path, help="write the result here")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
     place = chosen_model(list(METHODS.values()), arguments)
-    with heartbeat(f"loading {place.name}, twice"):
-        subject = load_subject(place, arguments.new_tokens)
     if arguments.profile:
-        print("\n".join(profile(subject, name) for name in METHODS))
+        torch.set_num_threads(arguments.threads[0])
+        print("\n".join(profile(load_subject(place, arguments, arguments.threads[0]), name) for name in METHODS))
         return
     result = {
         "model": place.name,
-        "plain_against_transformers": against_transformers(subject, arguments.repeats),
-        "methods": overheads(subject, arguments.repeats),
+        "compiled": kernels.why_not() or True,
+        "prompt": "40 tokens before the passes",
+        "threads": {str(threads): measured(place, arguments, threads) for threads in arguments.threads},
         "environment": environment(),
     }
     print(json.dumps(result, indent=1))

@@ -1,7 +1,9 @@
 """Decoder layers, products and norms of a loaded model, run by the compiled code; which models it covers."""
 
+import math
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,12 +44,15 @@ class Room:
         heads, inner = sizes.heads * sizes.head_dim, padded(sizes.inner)
         shapes: list[tuple[int, ...]] = [(rows, width), (rows, heads + 2 * sizes.kv_heads * sizes.head_dim), (rows, heads)]
         shapes += [(rows, inner), (rows, inner), (threads, sizes.heads // sizes.kv_heads, padded(slots))]
-        counts = [padded(int(np.prod(shape))) for shape in shapes]
-        if self._numbers.size < sum(counts):
+        counts = [math.prod(shape) for shape in shapes]
+        needed = sum(map(padded, counts))
+        if self._numbers.size < needed:
             self._numbers = np.empty(0, np.float32)
-            self._numbers = np.empty(sum(counts), np.float32)
-        starts = np.cumsum([0, *counts[:-1]])
-        arrays = [self._numbers[start:][: np.prod(shape)].reshape(shape) for start, shape in zip(starts, shapes, strict=True)]
+            self._numbers = np.empty(needed, np.float32)
+        ends = accumulate(padded(count) for count in counts)
+        arrays = [
+            self._numbers[end - padded(count) :][:count].reshape(shape) for end, count, shape in zip(ends, counts, shapes, strict=True)
+        ]
         return code.Space(*arrays)
 
 
