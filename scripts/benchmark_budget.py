@@ -168,9 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-limit", action="store_true", help="do not enforce the budget from outside (control groups need root)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each engine (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that one run may take (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=(*DTYPES, "auto"), default="auto", help="of our arithmetic (default: the stored one, as the others)"
-    )
+    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="auto", help="that our weights are held in (default: as stored)")
     parser.add_argument("--replayed-acceptance", type=float, metavar="A", help="tokens a pass by schedule; for random adapters")
     parser.add_argument(
         "--replayed-corrections",

@@ -23,7 +23,6 @@ import cats
 from cats.checkpoint import locate_tensors, weight_files
 from cats.cli.command import exit_with_sentence
 from cats.config import MemoryOptions
-from cats.earlyexit import read_config
 from cats.files import write_atomically
 from cats.methods.base import Method
 from cats.runtime.budget import interpreter_bytes
@@ -45,7 +44,7 @@ class Request:
         engine: a key of `ENGINES`.
         adapters: draft and shallow adapter, for CATS.
         budget_bytes: of the whole process; None: no limit.
-        dtype: of our arithmetic; "auto" is the stored one, in which the other engines compute.
+        dtype: that our weights are held in; "auto": as stored. The other engines compute in the stored one.
         tokens: how many to time, at least.
         replayed_acceptance: accepted length of the replayed schedule; None decodes with the adapters' own acceptance.
     """
@@ -107,9 +106,7 @@ def ours(request: Request, method: Method, adapters: dict[str, tuple[str, int | 
             positions=request.prompt_tokens + settings.max_new_tokens,
             nodes=method.max_nodes,
         )
-    stored = str(read_config(request.model).dtype).removeprefix("torch.")
-    computed = stored if request.dtype == "auto" else request.dtype
-    model = cats.load(request.model, adapters, dtype=request.dtype, memory=memory, compute_dtype=computed, plan=None)
+    model = cats.load(request.model, adapters, dtype=request.dtype, memory=memory, plan=None)
 
     def steps(prompt: Sequence[int]) -> Iterator[Step]:
         for step in cats.stream(model, prompt, method, settings, acceptance=rule):
