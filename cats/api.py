@@ -111,7 +111,7 @@ def load(
         adapters: `{"draft": place, "shallow": place}`; a place is a directory, a hub id, or one of them with its exit layer. Of a list of
             places the planner takes one; where nothing is planned, it is the first.
         dtype: that weights are held in; "auto" is what config.json names. "float32" holds half precision upcast: twice the memory, the
-            same text, faster on a CPU.
+            same text; on a CPU faster only where nothing is compiled (cats/kernels).
         memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything.
         template: name of a chat template, or the path of a `.jinja` file; None: see `cats.text`.
         compute_dtype: of the arithmetic; "auto" is float32 on a CPU, elsewhere `dtype`. It must hold every value of `dtype`.

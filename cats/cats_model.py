@@ -50,8 +50,8 @@ class MultiAdapterCATSModel(nn.Module):
 
         Args:
             dtype: that weights are held in; "auto" is what each `config.json` names, else what most of the layers are stored in. On a CPU
-                "float32" holds half-precision checkpoints upcast: twice the memory, the same logits; faster only where nothing is compiled. Under `memory`, weights lie in
-                memory as they are stored where `dtype` has the same values, and rounded to `dtype` where it has not.
+                "float32" holds half-precision checkpoints upcast: twice the memory, the same text; faster only where nothing is compiled.
+                Under `memory`, weights lie in memory as stored where `dtype` has the same values, and rounded to `dtype` where it has not.
             memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything.
             compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU (float64 where that is held), elsewhere `dtype`.
         """

@@ -102,7 +102,8 @@ class EarlyExitLlamaForCausalLM(nn.Module):
 
         Args:
             dtype: that the weights are held in. "auto" takes no more memory than the checkpoint is made for: half precision stays so, and
-                is upcast in every product. "float32" holds an upcast copy: twice the memory, the same logits; on a CPU faster only where nothing is compiled.
+                is upcast in every product. "float32" holds an upcast copy: twice the memory, the same text; faster only where nothing is
+                compiled.
             compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU, so that nothing is rounded, elsewhere `dtype`.
         """
         from cats.loading import load_base  # which builds this class
