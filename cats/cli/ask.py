@@ -91,6 +91,7 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
         raise CatsError("--raw leaves the chat template out, so --template does nothing; leave one of them out.")
     from cats.cli.progress import heartbeat
 
+    ready_to_compute(arguments)
     default = default_model() if arguments.model_path is None else None
     path = default.path if default else arguments.model_path
     adapters = chosen_adapters(arguments, default.adapters if default else {})
@@ -106,6 +107,19 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
         dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}
         template = arguments.template
         return cats.load(path, chosen, device=arguments.device, memory=memory, template=template, plan=None, **dtypes), config
+
+
+def ready_to_compute(arguments: argparse.Namespace) -> None:
+    """Compile what is compiled once on a machine, with a word about it; say where nothing can be."""
+    from cats import kernels
+    from cats.cli.progress import heartbeat
+
+    if arguments.device != "cpu" or arguments.compute_dtype not in ("auto", "float32"):
+        return
+    with heartbeat("preparing (the first time on a machine, some ten seconds of compiling)"):
+        reason = kernels.why_not()
+    if reason is not None:
+        sys.stderr.write(f"not compiled, so slower: {reason}.\n")
 
 
 def answer(arguments: argparse.Namespace, prompt: str) -> None:
