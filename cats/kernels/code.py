@@ -114,10 +114,10 @@ def vector_function(b: Value, name: str, arguments: int) -> Callable[..., Value]
 
 
 def prefetch(b: Value, address: Value) -> None:
-    """Begin to bring what lies at an address nearer; harmless where nothing is."""
+    """Begin to bring what lies at an address into the second-level cache (the first is too small for it); harmless where nothing is."""
     kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), WORD, WORD, WORD])
     function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-    b.call(function, [pointer(b, address, BYTE), *(ir.Constant(WORD, value) for value in (0, 3, 1))])
+    b.call(function, [pointer(b, address, BYTE), *(ir.Constant(WORD, value) for value in (0, 2, 1))])
 
 
 def splat(b: Value, scalar: Value) -> Value:
