@@ -42,9 +42,8 @@ def resident_peak() -> int:
 def measured(args: argparse.Namespace, budget: int) -> dict[str, Any]:
     """One budget, in this process."""
     tree = cats.CascadeConfig(steps=5, tree_topk=10, total_tokens=40)
-    wanted = [tree] if args.cats else [cats.AutoregressiveConfig()]
-    place = chosen_model(wanted, args)
-    method = wanted[0]
+    method: cats.MethodConfig = tree if args.cats else cats.AutoregressiveConfig()
+    place = chosen_model([method], args)
     memory = cats.MemoryOptions(budget, args.budget_covers, positions=PROMPT + args.new_tokens)
     adapters = {role: place.adapters[role] for role in needs_of(method).adapters}
     model = cats.load(place.directory, adapters, memory=with_needs(memory, method), plan=None)
