@@ -25,12 +25,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-BF16, F16, F32 = 0, 1, 2
-"""Kinds of weights."""
-ITEM_BYTES = (2, 2, 4)
+BF16, F16, F32, CODES_BF16, CODES_F16, INT8, NESTED = 0, 1, 2, 3, 4, 5, 6
+"""Kinds of weights: numbers; codes of eight bits that stand for numbers (cats/nested/format.py); integers, with a scale for each row;
+codes with their low bits."""
+ITEM_BYTES = (2, 2, 4, 1, 1, 1)
+LARGEST_CODE = 127
 LOWEST = -3.0e38
-CHUNK = 64
-"""Weight rows that a thread takes at a time."""
+CHUNK, DECODED = 64, 16
+"""Weight rows that a thread takes at a time, and how many of them it decodes at a time."""
 
 
 def host_features() -> dict[str, bool]:
@@ -62,7 +64,7 @@ WEIGHT_ROWS, CACHE_LINE = 4, 64
 
 Value = Any
 FLOAT, LONG, WORD, SHORT, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
-STORED = (SHORT, ir.HalfType(), FLOAT)
+STORED = (SHORT, ir.HalfType(), FLOAT, BYTE, BYTE, BYTE)
 
 
 def vector(of: Value, count: int = LANES) -> Value:
@@ -78,6 +80,11 @@ def number(value: int) -> Value:
 def floats(value: float) -> Value:
     """A vector constant."""
     return ir.Constant(vector(FLOAT), [float(np.float32(value))] * LANES)
+
+
+def words(value: int, of: Value = WORD) -> Value:
+    """A vector constant of integers."""
+    return ir.Constant(vector(of), [value] * LANES)
 
 
 def pointer(b: Value, address: Value, to: Value) -> Value:
@@ -98,12 +105,27 @@ def load_tail(b: Value, address: Value, nbytes: Value, of: Value = FLOAT) -> Val
     return b.load(place)
 
 
-def upcast(b: Value, raw: Value, kind: int) -> Value:
-    """Stored weights as float32, exactly."""
+def upcast(b: Value, raw: Value, kind: int, offset: Value) -> Value:
+    """Stored weights as float32, exactly; codes as the numbers they stand for alone.
+
+    Args:
+        offset: of codes, a 32-bit number: 8 times the matrix' base.
+    """
     if kind == BF16:
-        shift = ir.Constant(vector(WORD), [16] * LANES)
-        return b.bitcast(b.shl(b.zext(raw, vector(WORD)), shift), vector(FLOAT))
-    return b.fpext(raw, vector(FLOAT)) if kind == F16 else raw
+        return b.bitcast(b.shl(b.zext(raw, vector(WORD)), words(16)), vector(FLOAT))
+    if kind == F32:
+        return raw
+    if kind == F16:
+        return b.fpext(raw, vector(FLOAT))
+    if kind == INT8:
+        return b.sitofp(raw, vector(FLOAT))
+    codes = b.zext(raw, vector(WORD))
+    values = b.and_(codes, words(LARGEST_CODE))
+    lifted = b.select(b.icmp_unsigned("==", values, words(0)), words(0), b.add(values, splat(b, offset)))
+    if kind == CODES_BF16:
+        return b.bitcast(b.or_(b.shl(lifted, words(20)), b.shl(b.and_(codes, words(128)), words(24))), vector(FLOAT))
+    half = b.trunc(b.or_(b.shl(lifted, words(7)), b.shl(b.and_(codes, words(128)), words(8))), vector(SHORT))
+    return b.fpext(b.bitcast(half, vector(ir.HalfType())), vector(FLOAT))
 
 
 def vector_function(b: Value, name: str, arguments: int) -> Callable[..., Value]:
@@ -122,7 +144,7 @@ def prefetch(b: Value, address: Value) -> None:
 
 def splat(b: Value, scalar: Value) -> Value:
     """A scalar in every lane."""
-    nothing = ir.Constant(vector(FLOAT), ir.Undefined)
+    nothing = ir.Constant(vector(scalar.type), ir.Undefined)
     return b.shuffle_vector(b.insert_element(nothing, scalar, ir.Constant(WORD, 0)), nothing, ir.Constant(vector(WORD), [0] * LANES))
 
 
@@ -184,7 +206,7 @@ def folded_together(b: Value, lanes: Sequence[Value]) -> Value:
     return vectors[0]
 
 
-def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: Span, length: Value) -> None:
+def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: Span, length: Value, offset: Value) -> None:
     """`y[t, r] = sum over i of weights[r, i] * x[t, i]` for the few rows of a `shape` of (kind, weight rows, rows of x).
 
     A single row of x meets the weight rows one after the other, since memory is fastest read in one sweep. Several rows of x meet them
@@ -202,7 +224,7 @@ def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: 
 
     def add(chosen: range, weight_at: Callable[[Value], Value], x_vectors: Sequence[Value]) -> None:
         for r in chosen:
-            weight = upcast(b, weight_at(w_at[r]), kind)
+            weight = upcast(b, weight_at(w_at[r]), kind, offset)
             for t in range(columns):
                 b.store(fma(weight, x_vectors[t], b.load(sums[r][t])), sums[r][t])
 
@@ -222,7 +244,9 @@ def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: 
         b.store(together, pointer(b, y.row(b, t), vector(FLOAT, rows)), align=4)
 
 
-def emit_product(b: Value, kind: int, weights: Span, x: Span, y: Span, length: Value, rows: Value, columns: Value) -> None:
+def emit_product(
+    b: Value, kind: int, weights: Span, x: Span, y: Span, length: Value, rows: Value, columns: Value, offset: Value
+) -> None:
     """`y[t, r]` for all rows of the weights and of x (here: columns), in tiles, of as equal a width as can be."""
     by_four, groups = whole(b, rows, WEIGHT_ROWS), b.sdiv(b.add(columns, number(TILE - 1)), number(TILE))
     narrow, wider = b.sdiv(columns, groups), b.srem(columns, groups)
@@ -235,36 +259,105 @@ def emit_product(b: Value, kind: int, weights: Span, x: Span, y: Span, length: V
                 end = b.add(done, b.mul(tiles, number(tile)))
                 with counting(b, done, end, tile) as t:
                     target = Span(b.add(y.row(b, t), b.mul(r, number(4))), y.stride)
-                    emit_tile(b, (kind, size, tile), from_row, x.below(b, t), target, length)
+                    emit_tile(b, (kind, size, tile), from_row, x.below(b, t), target, length, offset)
                 done = end
 
 
 def product_function(module: Value, kind: int) -> Value:
     """`emit_product` as a function of the module that is called, not inlined: compiling it takes longer than all the rest."""
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [LONG] * 9), f"cats_product_{kind}")
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [LONG] * 10), f"cats_product_{kind}")
     if function.is_declaration:
         function.linkage = "linkonce_odr"
         function.attributes.add("noinline")
         b = ir.IRBuilder(function.append_basic_block("entry"))
-        w, w_stride, x, x_stride, y, y_stride, length, rows, count = function.args
-        emit_product(b, kind, Span(w, w_stride), Span(x, x_stride), Span(y, y_stride), length, rows, count)
+        w, w_stride, x, x_stride, y, y_stride, length, rows, count, offset = function.args
+        emit_product(b, kind, Span(w, w_stride), Span(x, x_stride), Span(y, y_stride), length, rows, count, b.trunc(offset, WORD))
         b.ret_void()
     return function
 
 
 @intrinsic
 def multiply(
-    typing: Any, kind: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, y: Any, y_stride: Any, length: Any, rows: Any, count: Any
+    typing: Any,
+    kind: Any,
+    w: Any,
+    w_stride: Any,
+    x: Any,
+    x_stride: Any,
+    y: Any,
+    y_stride: Any,
+    length: Any,
+    rows: Any,
+    count: Any,
+    offset: Any,
 ) -> Any:
-    """`y[t, r] = sum over i < length of w[r, i] * x[t, i]` for `rows` weight rows of a kind and `count` rows of x."""
+    """`y[t, r] = sum over i < length of w[r, i] * x[t, i]` for `rows` weight rows of a kind and `count` rows of x; `offset`: of codes."""
 
     def codegen(context: Any, b: Value, signature: Any, arguments: Sequence[Value]) -> Value:
-        for stored in (BF16, F16, F32):
+        for stored in range(len(STORED)):
             with b.if_then(b.icmp_signed("==", arguments[0], number(stored))):
                 b.call(product_function(b.module, stored), arguments[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 10), codegen
+    return types.void(*[types.int64] * 11), codegen
+
+
+@intrinsic
+def decode_row(typing: Any, codes: Any, low: Any, out: Any, length: Any, offset: Any) -> Any:
+    """Numbers in bfloat16 of `length` codes and their low bits, four each, in blocks of 64 (cats/nested/format.py); exceptions left out."""
+
+    def codegen(context: Any, b: Value, signature: Any, arguments: Sequence[Value]) -> Value:
+        codes, low, out, length, offset = arguments
+        lift = splat(b, b.trunc(offset, SHORT))
+
+        def at(i: Value, load: Callable[[Value], Value]) -> Value:
+            place = b.srem(i, number(64))
+            nibbles = b.add(b.mul(b.sdiv(i, number(64)), number(32)), b.srem(place, number(32)))
+            shift = splat(b, b.trunc(b.mul(b.sdiv(place, number(32)), number(4)), SHORT))
+            packed = b.zext(load_vector(b, b.add(low, nibbles), BYTE), vector(SHORT))
+            code = b.zext(load(b.add(codes, i)), vector(SHORT))
+            values = b.and_(code, words(LARGEST_CODE, SHORT))
+            lifted = b.select(b.icmp_unsigned("==", values, words(0, SHORT)), words(0, SHORT), b.add(values, lift))
+            magnitude = b.or_(b.shl(lifted, words(4, SHORT)), b.and_(b.lshr(packed, shift), words(15, SHORT)))
+            return b.or_(b.sub(magnitude, words(8, SHORT)), b.shl(b.and_(code, words(128, SHORT)), words(8, SHORT)))
+
+        full = whole(b, length, LANES)
+        rest = b.sub(length, full)
+        with counting(b, number(0), full, LANES) as i:
+            numbers = at(i, lambda address: load_vector(b, address, BYTE))
+            b.store(numbers, pointer(b, b.add(out, b.mul(i, number(2))), vector(SHORT)), align=1)
+        with b.if_then(b.icmp_signed(">", rest, number(0)), likely=False):
+            place = cgutils.alloca_once(b, vector(SHORT))
+            b.store(at(full, lambda address: load_tail(b, address, rest, BYTE)), place)
+            target = pointer(b, b.add(out, b.mul(full, number(2))), BYTE)
+            cgutils.raw_memcpy(b, target, b.bitcast(place, BYTE.as_pointer()), b.mul(rest, number(2)), 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
+def put_exception(typing: Any, out: Any, columns: Any, bits: Any, entry: Any) -> Any:
+    """Entry number `entry` of a matrix' exceptions into its row."""
+
+    def codegen(context: Any, b: Value, signature: Any, arguments: Sequence[Value]) -> Value:
+        out, columns, bits, entry = arguments
+        column, number_ = (b.load(pointer(b, b.add(at, b.mul(entry, number(4))), WORD)) for at in (columns, bits))
+        place = b.add(out, b.mul(b.zext(column, LONG), number(2)))
+        b.store(b.trunc(number_, SHORT), pointer(b, place, SHORT))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def load_int(typing: Any, address: Any, index: Any) -> Any:
+    """A 32-bit integer of an array."""
+
+    def codegen(context: Any, b: Value, signature: Any, arguments: Sequence[Value]) -> Value:
+        return b.sext(b.load(pointer(b, b.add(arguments[0], b.mul(arguments[1], number(4))), WORD)), LONG)
+
+    return types.int64(types.int64, types.int64), codegen
 
 
 def emit_exp(b: Value, x: Value) -> Value:
@@ -386,19 +479,35 @@ def mix(typing: Any, chances: Any, values: Any, stride: Any, out: Any, width: An
     return types.void(*[types.int64] * 6), codegen
 
 
+def emit_into(b: Value, arguments: Sequence[Value], combine: Callable[[Value, Value], Value]) -> None:
+    """`out[i] = combine(out[i], x[i])` for `count` numbers."""
+    out, x, count = arguments
+    full = whole(b, count, LANES)
+    with counting(b, number(0), full, LANES) as i:
+        at = b.add(out, b.mul(i, number(4)))
+        b.store(combine(load_vector(b, at), load_vector(b, b.add(x, b.mul(i, number(4))))), pointer(b, at, vector(FLOAT)), align=1)
+    with counting(b, full, count, 1) as i:
+        place, other = (pointer(b, b.add(address, b.mul(i, number(4))), FLOAT) for address in (out, x))
+        b.store(combine(b.load(place), b.load(other)), place)
+
+
 @intrinsic
 def add_into(typing: Any, out: Any, x: Any, count: Any) -> Any:
     """`out[i] += x[i]` for `count` numbers."""
 
     def codegen(context: Any, b: Value, signature: Any, arguments: Sequence[Value]) -> Value:
-        out, x, count = arguments
-        full = whole(b, count, LANES)
-        with counting(b, number(0), full, LANES) as i:
-            at = b.add(out, b.mul(i, number(4)))
-            b.store(b.fadd(load_vector(b, at), load_vector(b, b.add(x, b.mul(i, number(4))))), pointer(b, at, vector(FLOAT)), align=1)
-        with counting(b, full, count, 1) as i:
-            place, other = (pointer(b, b.add(address, b.mul(i, number(4))), FLOAT) for address in (out, x))
-            b.store(b.fadd(b.load(place), b.load(other)), place)
+        emit_into(b, arguments, b.fadd)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def scale_by(typing: Any, out: Any, x: Any, count: Any) -> Any:
+    """`out[i] *= x[i]` for `count` numbers."""
+
+    def codegen(context: Any, b: Value, signature: Any, arguments: Sequence[Value]) -> Value:
+        emit_into(b, arguments, b.fmul)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
@@ -555,7 +664,7 @@ AWAITED, ABANDONED = 1, 2
 
 class Weights(NamedTuple):
     """By layer: words of the matrices, and addresses of the biases, [L, 7] in the order of use (q, k, v, o, gate, up, down), addresses of
-    the norms [L, 4] (before attention, before the MLP, of queries, of keys). A matrix's word is 4 times its address plus its kind. 0 where
+    the norms [L, 4] (before attention, before the MLP, of queries, of keys). A matrix's word is 8 times its address plus its kind. 0 where
     there is none. Biases and norms are float32. `done` [L, 7] counts how often a thread was through with a matrix."""
 
     matrices: np.ndarray
@@ -586,9 +695,15 @@ class Group(NamedTuple):
     cache: np.ndarray
 
 
+CODES, OFFSET, LOW, LOW_STRIDE, STARTS, COLUMNS, BITS, SCALES = 0, 1, 2, 3, 4, 5, 6, 7
+"""Where a description of a matrix of codes has their address, 8 times their base, the address of their low bits, the bytes of these from
+row to row, addresses of where each row's exceptions begin, of their columns and of their bits, and of integers' scales. The word of such
+a matrix has the address of its description."""
+
+
 class Space(NamedTuple):
     """Work space: normed rows [T, D], queries, keys and values [T, ..], attended rows [T, ..], gates and ups [T, inner padded to whole
-    vectors], and for every thread the scores of the heads that share keys [threads, heads, slots padded]."""
+    vectors], and for every thread the scores of the heads that share keys [threads, heads, slots padded], and decoded weights."""
 
     normed: np.ndarray
     projected: np.ndarray
@@ -596,6 +711,7 @@ class Space(NamedTuple):
     gates: np.ndarray
     ups: np.ndarray
     scores: np.ndarray
+    decoded: np.ndarray
 
 
 class Crew(NamedTuple):
@@ -648,6 +764,24 @@ def take(crew: Crew, counter: int) -> int:
     return add_atomically(crew.counters + 8 * counter, 1)
 
 
+@compiled
+def multiply_nested(
+    parts: int, scratch: int, start: int, size: int, x: int, x_stride: int, y: int, y_stride: int, length: int, count: int
+) -> None:
+    """`multiply` for the weight rows [start, start + size) of a nested matrix, a few of them decoded at a time; y is that of the first."""
+    codes, low, low_stride = load_atomically(parts + 8 * CODES), load_atomically(parts + 8 * LOW), load_atomically(parts + 8 * LOW_STRIDE)
+    starts, columns, bits = load_atomically(parts + 8 * STARTS), load_atomically(parts + 8 * COLUMNS), load_atomically(parts + 8 * BITS)
+    offset = load_atomically(parts + 8 * OFFSET)
+    for first in range(start, start + size, DECODED):
+        rows = min(DECODED, start + size - first)
+        for row in range(rows):
+            out, place = scratch + 2 * length * row, first + row
+            decode_row(codes + place * length, low + place * low_stride, out, length, offset)
+            for entry in range(load_int(starts, place), load_int(starts, place + 1)):
+                put_exception(out, columns, bits, entry)
+        multiply(BF16, scratch, 2 * length, x, x_stride, y + 4 * (first - start), y_stride, length, rows, count, 0)
+
+
 @inlined
 def product(
     crew: Crew,
@@ -662,15 +796,25 @@ def product(
     length: int,
     rows: int,
     count: int,
+    scratch: int,
 ) -> None:
     """This thread's share of `y[t, r] = sum over i < length of W[r, i] x[t, i] + b[r]` for `rows` weight rows and `count` rows of x."""
-    w_stride = length * (4 if kind == F32 else 2)
+    numbers, offset, scales = weight, 0, 0
+    if CODES_BF16 <= kind <= INT8:
+        numbers, offset = load_atomically(weight + 8 * CODES), load_atomically(weight + 8 * OFFSET)
+        scales = load_atomically(weight + 8 * SCALES)
+    w_stride = length * (4 if kind == F32 else 2 if kind <= F16 else 1)
     while True:
         start = take(crew, counter) * CHUNK
         if start >= rows:
             break
         size = min(rows - start, CHUNK)
-        multiply(kind, weight + start * w_stride, w_stride, x, x_stride, y + 4 * start, y_stride, length, size, count)
+        if kind == NESTED:
+            multiply_nested(weight, scratch, start, size, x, x_stride, y + 4 * start, y_stride, length, count)
+        else:
+            multiply(kind, numbers + start * w_stride, w_stride, x, x_stride, y + 4 * start, y_stride, length, size, count, offset)
+        for row in range(count if kind == INT8 else 0):
+            scale_by(y + 4 * start + row * y_stride, scales + 4 * start, size)
         if bias:
             for row in range(count):
                 add_into(y + 4 * start + row * y_stride, bias + 4 * start, size)
@@ -710,9 +854,9 @@ def attend(
     """
     count, between = seen + len(others), 4 * width
     padded = (count + LANES - 1) // LANES * LANES
-    multiply(F32, k, stride, q, between, scores, room, width, seen, heads)
+    multiply(F32, k, stride, q, between, scores, room, width, seen, heads, 0)
     for place in range(len(others)):
-        multiply(F32, k + others[place] * stride, stride, q, between, scores + 4 * (seen + place), room, width, 1, heads)
+        multiply(F32, k + others[place] * stride, stride, q, between, scores + 4 * (seen + place), room, width, 1, heads, 0)
     for head in range(heads):
         row, target = scores + head * room, out + head * between
         fill(row + 4 * count, padded - count, np.float32(LOWEST))
@@ -817,10 +961,10 @@ def run_matrix(crew: Crew, counter: int, sizes: Sizes, layer: int, matrix: int, 
         target = space.gates if matrix == GATE else space.ups
         y, y_stride, rows = target.ctypes.data, target.strides[0], sizes.inner
     place, bias, count = 8 * (layer * MATRICES + matrix), weights.biases[layer, matrix], len(group.hidden_TD)
-    word = arrived(weights.matrices.ctypes.data + place)
+    word, scratch = arrived(weights.matrices.ctypes.data + place), space.decoded.ctypes.data + crew.me * space.decoded.strides[0]
     if word == ABANDONED:
         return False
-    product(crew, counter, word & 3, word >> 2, bias, x, x_stride, y, y_stride, length, rows, count)
+    product(crew, counter, word & 7, word >> 3, bias, x, x_stride, y, y_stride, length, rows, count, scratch)
     add_atomically(weights.done.ctypes.data + place, 1)
     after_product(crew, sizes, layer, matrix, weights, group, space)
     return True
@@ -842,7 +986,7 @@ def run_layers(
 def run_product(crew: Crew, kind: int, weight: int, bias: int, x: np.ndarray, y: np.ndarray) -> None:
     """`y = x W^T + b`."""
     y_address, stride = y.ctypes.data, y.strides[0]
-    product(crew, 0, kind, weight, bias, x.ctypes.data, x.strides[0], y_address, stride, x.shape[1], y.shape[1], len(x))
+    product(crew, 0, kind, weight, bias, x.ctypes.data, x.strides[0], y_address, stride, x.shape[1], y.shape[1], len(x), 0)
 
 
 @compiled

@@ -39,11 +39,13 @@ class Room:
     def __init__(self) -> None:
         self._numbers = np.empty(0, np.float32)
 
-    def space(self, sizes: code.Sizes, width: int, rows: int, slots: int, threads: int) -> code.Space:
-        """Arrays for `rows` rows of `width` numbers that see up to `slots` slots; valid until the next call."""
+    def space(self, sizes: code.Sizes, width: int, rows: int, slots: int, threads: int, decoded: int = 0) -> code.Space:
+        """Arrays for `rows` rows of `width` numbers that see up to `slots` slots, and `decoded` numbers for each thread's decoded weights;
+        valid until the next call."""
         heads, inner = sizes.heads * sizes.head_dim, padded(sizes.inner)
         shapes: list[tuple[int, ...]] = [(rows, width), (rows, heads + 2 * sizes.kv_heads * sizes.head_dim), (rows, heads)]
         shapes += [(rows, inner), (rows, inner), (threads, sizes.heads // sizes.kv_heads, padded(slots))]
+        shapes.append((threads, decoded))
         counts = [math.prod(shape) for shape in shapes]
         needed = sum(map(padded, counts))
         if self._numbers.size < needed:
@@ -106,6 +108,8 @@ class CompiledLayers:
         norms = [[address((norm := part(layer, name)) and norm.weight) for name in NORMS] for layer in layers]
         done = np.zeros((len(words), code.MATRICES), np.int64)
         self.weights = code.Weights(np.array(words, np.int64), np.array(biases, np.int64), np.array(norms, np.int64), done)
+        self._drafts: dict[str, code.Weights] = {}
+        self._described: dict[tuple[str, int, int], Description] = {}
         self.resident = [all(linear is None or linear.open is None for linear in row) for row in self.projections]
 
     def takes(self, rows: Rows) -> bool:
@@ -148,41 +152,90 @@ class CompiledLayers:
 
     def _call(self, group: code.Group, start: int, stop: int, matrices: tuple[int, int]) -> None:
         workers, (rows, width) = team(), group.hidden_TD.shape
-        space = self.room.space(self.sizes, width, rows, group.cache.shape[3], workers.size)
+        space = self.room.space(self.sizes, width, rows, group.cache.shape[3], workers.size, self._widest)
         first, last = matrices[0], min(matrices[1], code.MATRICES if self.projections[start][code.GATE] is not None else code.GATE)
         if last <= first:
             return
+        weights = self._running()
         coming = [(layer, matrix) for layer in range(start, stop) if not self.resident[layer] for matrix in range(first, last)]
-        coming = [(layer, matrix) for layer, matrix in coming if self.projections[layer][matrix].open is not None]
-        for layer, matrix in coming:
-            self.weights.matrices[layer, matrix] = code.AWAITED
-        call = (code.run_layers, (stop - start) * code.COUNTERS, start, stop, first, last, self.sizes, self.weights, group, space)
+        coming = [place for place in coming if self.projections[place[0]][place[1]].open is not None]
+        if weights is not self.weights:
+            coming = [place for place in coming if weights.matrices[place] <= code.ABANDONED]
+        for place in coming:
+            weights.matrices[place] = code.AWAITED
+        call = (code.run_layers, (stop - start) * code.COUNTERS, start, stop, first, last, self.sizes, weights, group, space)
         if not coming:
             workers.run(*call)
             return
         with workers.flight(*call):
-            self._bring(coming, workers.size)
+            self._bring(weights, coming, workers.size)
 
-    def _bring(self, coming: Sequence[tuple[int, int]], threads: int) -> None:
+    def _running(self) -> code.Weights:
+        """The weights of the precision that runs; those that are codes in memory have a word from its first pass on."""
+        precision = EXACT.precision if self.source is None else self.source.precision
+        if precision == EXACT.precision:
+            return self.weights
+        if precision not in self._drafts:
+            words = self.weights.matrices.copy()
+            for layer, row in enumerate(self.projections):
+                for matrix, linear in enumerate(row):
+                    if linear is not None and linear.open is not None:
+                        with linear.open() as parts:
+                            words[layer, matrix] = self._describe(precision, layer, matrix, linear.kind.coded(parts))
+            self._drafts[precision] = self.weights._replace(matrices=words)
+        return self._drafts[precision]
+
+    def _describe(self, precision: str, layer: int, matrix: int, coded: Coded | None) -> int:
+        """The word of a matrix of codes, whose description is kept until the next one; 0 where it has none."""
+        if coded is None:
+            return 0
+        description = Description(coded)
+        self._described[precision, layer, matrix] = description
+        return description.word
+
+    def _bring(self, weights: code.Weights, coming: Sequence[tuple[int, int]], threads: int) -> None:
         """Tell the threads of a pass where the matrices are that are not resident, each as it arrives."""
-        told = 0
+        told, words = 0, weights.matrices.ctypes.data
         try:
             for layer, matrix in coming:
-                place = 8 * (layer * code.MATRICES + matrix)
-                used = Used(self.weights.done[layer, matrix : matrix + 1], threads)
+                used = Used(weights.done[layer, matrix : matrix + 1], threads)
                 linear = self.projections[layer][matrix]
                 with linear.open() as parts:
-                    weight = linear.kind.rows(parts, 0, len(linear.weight)).contiguous()
-                    weight = weight if weight.dtype in KINDS else weight.float()
-                    code.publish(self.weights.matrices.ctypes.data + place, word(weight))
+                    at = self._describe(EXACT.precision, layer, matrix, linear.kind.coded(parts))
+                    weight = None if at else numbers_of(linear, parts)
+                    code.publish(words + 8 * (layer * code.MATRICES + matrix), at or word(weight))
                     told += 1
-                    if self.source is None or not any(part.data_ptr() == weight.data_ptr() for part in parts.values()):
+                    in_place = weight is None or any(part.data_ptr() == weight.data_ptr() for part in parts.values())
+                    if self.source is None or not in_place:
                         used.wait()
                     else:
                         self.source.busy_until(used)
         finally:
             for layer, matrix in coming[told:]:
-                code.publish(self.weights.matrices.ctypes.data + 8 * (layer * code.MATRICES + matrix), code.ABANDONED)
+                code.publish(words + 8 * (layer * code.MATRICES + matrix), code.ABANDONED)
+
+    @property
+    def _widest(self) -> int:
+        """Numbers of float32 that take up what a thread decodes at a time."""
+        return self._decoded if self._described else 0
+
+
+class Description:
+    """A matrix of codes as `code` knows it; alive as long as what it points to is used."""
+
+    def __init__(self, coded: Coded):
+        self._coded, found = coded, exceptions_of(coded.exceptions, len(coded.codes))
+        low, places = coded.low, (found.starts, found.columns, found.bits)
+        strides = [0, 0] if low is None else [low.data_ptr(), low.stride(0)]
+        self._numbers = np.array([coded.codes.data_ptr(), *strides, *(place.data_ptr() for place in places), 8 * coded.base], np.int64)
+        kind = code.NESTED if low is not None else code.CODES_BF16 if coded.dtype == torch.bfloat16 else code.CODES_F16
+        self.word = 8 * self._numbers.ctypes.data + kind
+
+
+def numbers_of(linear: Any, parts: Parts) -> torch.Tensor:
+    """A matrix that comes in parts, as the compiled code takes it."""
+    weight: torch.Tensor = linear.kind.rows(parts, 0, len(linear.weight)).contiguous()
+    return weight if weight.dtype in KINDS else weight.float()
 
 
 class Used:
@@ -203,7 +256,7 @@ class Used:
 
 def word(weight: torch.Tensor) -> int:
     """Where a matrix lies and of what kind it is, as `code.Weights` has it."""
-    return 4 * address(weight) + KINDS[weight.dtype]
+    return 8 * address(weight) + KINDS[weight.dtype]
 
 
 def warm_up() -> None:
