@@ -190,10 +190,11 @@ class EarlyExitLlamaForCausalLM(nn.Module):
     def _stretch(self, groups: Sequence[Rows], start: int, end: int, view: View) -> int:
         """Take every group through the layers that begin at `start`, compiled, in one call each; returns where they end.
 
-        They end at the first layer that streams, since several groups share its stream; a single group goes on.
+        A view that leaves sublayers out has none. They end at the first layer that streams, since several groups share its stream; a single
+        group goes on.
         """
         compiled = self.compiled
-        if compiled is None or view != EXACT or not all(compiled.takes(group) for group in groups):
+        if compiled is None or view.attention or view.mlp or not all(compiled.takes(group) for group in groups):
             return start
         stop = end if len(groups) == 1 else compiled.stretch(start, end)
         for group in groups if stop > start else ():

@@ -6,7 +6,7 @@ How to add a kind: docs/weights.md.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -21,6 +21,22 @@ Parts = Mapping[str, torch.Tensor]
 """Tensors by the name of the part, those that the pass's precision needs."""
 
 
+class Coded(NamedTuple):
+    """A matrix of eight-bit codes [R, K].
+
+    Attributes:
+        codes: uint8 of cats/nested/format.py, or int8.
+        layout, exceptions, low: of the former; no low bits: the codes alone.
+        scales: [R], of the latter.
+    """
+
+    codes: torch.Tensor
+    layout: format.Layout | None = None
+    exceptions: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+
 class Weight(ABC):
     """A kind of weight in one model.
 
@@ -30,6 +46,7 @@ class Weight(ABC):
         stands_for: part -> precisions that it serves too where it is resident, in the place of parts that serve no other.
         always: parts so small that they are resident under every plan.
         unused: ends of names of tensors that mean nothing.
+        decodes: whether compiled products take codes with their low bits, which they decode in a work space.
         held: the dtype that values are rounded to.
         sparing: whether residents stay as they are stored where that takes less memory.
     """
@@ -39,6 +56,7 @@ class Weight(ABC):
     stands_for: ClassVar[Mapping[str, frozenset[str]]] = {}
     always: ClassVar[frozenset[str]] = frozenset()
     unused: ClassVar[tuple[str, ...]] = ()
+    decodes: ClassVar[bool] = False
 
     def __init__(self, held: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
         """Raises `CatsError` for settings (config.json's `quantization_config`) that the kind does not know."""
@@ -74,8 +92,12 @@ class Weight(ABC):
     def rows(self, parts: Parts, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the matrix as numbers, in any float dtype that holds them."""
 
+    def coded(self, parts: Parts) -> "Coded | None":
+        """The parts as compiled products take them without making numbers of them first (cats/kernels); None where they do not."""
+        return None
+
     def product(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, work: WorkSpace) -> torch.Tensor:
-        """`x W^T + b` [.., R] in the dtype of `x`; a kind with a kernel of its own replaces it."""
+        """`x W^T + b` [.., R] in the dtype of `x`; a kind with a product of its own replaces it."""
         first = next(iter(parts.values()))
         return product(x, lambda start, stop: self.rows(parts, start, stop), first.shape, bias, work)
 
@@ -143,6 +165,10 @@ class Int8Copy(Plain):
             return super().rows(parts, start, stop)
         return parts["codes"][start:stop] * parts["scales"][start:stop, None]
 
+    def coded(self, parts: Parts) -> "Coded | None":
+        """See `Weight`."""
+        return None if "exact" in parts else Coded(parts["codes"], scales=parts["scales"])
+
 
 class Nested(Weight):
     """A half-precision matrix as codes of eight bits, the bits that they lack, and a short list of exceptions (cats/nested/format.py)."""
@@ -156,6 +182,7 @@ class Nested(Weight):
     }
     always: ClassVar[frozenset[str]] = frozenset({"exceptions"})
     unused: ClassVar[tuple[str, ...]] = (".filler",)
+    decodes: ClassVar[bool] = True
 
     def __init__(self, held: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
         super().__init__(held, sparing)
@@ -197,6 +224,13 @@ class Nested(Weight):
         if "residual" in parts:
             return rounded(format.decode(codes, parts["residual"], listed, self.layout, start, stop), self.held)
         return rounded(format.decode_coarse(codes, listed, self.layout, start, stop), self.held)
+
+    def coded(self, parts: Parts) -> "Coded | None":
+        """See `Weight`; what would be rounded, and low bits of seven, are made numbers."""
+        low = parts.get("residual")
+        if not is_exact(self.layout.dtype, self.held) or (low is not None and self.layout.low_bits != format.NIBBLE):
+            return None
+        return Coded(parts["codes"], self.layout, parts["exceptions"], low)
 
     def product(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, work: WorkSpace) -> torch.Tensor:
         """See `Weight`."""

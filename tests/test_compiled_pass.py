@@ -67,7 +67,7 @@ def test_every_methods_logits_are_plain_decodings(tiny: Tiny, shape: str, dtype:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trees_logits_are_plain_decodings_in_every_family(tiny: Tiny, family: str) -> None:
     model = cats.load(tiny(family).base, tiny(family).adapters)
-    plain, found = committed(model, "autoregressive"), committed(model, "cascade-branches")
+    plain, found = committed(model, "autoregressive"), committed(model, "cascade-rounds")
     length = min(len(plain), len(found))
     assert torch.equal(plain[:length], found[:length])
 

@@ -10,9 +10,11 @@ import cats
 from cats.cli.ask import main
 from cats.methods.fallback import Fallback, Gain, Patience, with_fallback
 from cats.state import Cycle
-from tests.methods import SHAPES
+from tests.methods import shapes_for
 from tests.scripted_model import follow, random_script, scripted_model
 from tests.tiny_models import TinyModel
+
+SHAPES = shapes_for(width=6 * 8)
 
 SHORT = Patience(stretch=4, plain=2, plain_kept=4, fresh=10, pause=5, longest_pause=20, trial=2)
 CONFIG = cats.GenerationConfig(max_new_tokens=100, eos_token_ids=())

@@ -26,7 +26,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def product(x_TK: torch.Tensor, weight_RK: torch.Tensor, kind: int, threads: int = 2) -> np.ndarray:
     out = np.full((len(x_TK), len(weight_RK)), np.nan, np.float32)
-    TEAMS[threads].run(code.run_product, 1, kind, weight_RK.data_ptr(), 0, x_TK.numpy(), out)
+    TEAMS[threads].run(code.run_product, 1, 8 * weight_RK.data_ptr() + kind, 0, x_TK.numpy(), out, np.empty((0, 0), np.float32))
     return out
 
 

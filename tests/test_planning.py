@@ -266,7 +266,7 @@ def test_an_acceptance_profile_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"format": "something else"}, "its format is 'something else'"),
         ({"points": 5}, "cannot be used"),
         ({"points": [{}]}, "lacks 'method'"),
-        ({"points": [{"method": {"name": "medusa"}, "exits": [], "accepted": 2, "nodes": 9}]}, "'medusa' is unknown"),
+        ({"points": [{"method": {"name": "made_up"}, "exits": [], "accepted": 2, "nodes": 9}]}, "'made_up' is unknown"),
         ({"points": [{"method": {"name": "kangaroo", "colour": 1}, "exits": [3], "accepted": 2, "nodes": 9}]}, "no setting colour"),
         ({"points": [{"method": {"name": "kangaroo", "steps": 0}, "exits": [3], "accepted": 2, "nodes": 9}]}, "steps is 0"),
         ({"points": [{"method": {"name": "cascade"}, "exits": [15, 3], "accepted": 2, "nodes": 9}]}, r"the exits \[15, 3\]"),

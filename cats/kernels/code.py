@@ -244,9 +244,7 @@ def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: 
         b.store(together, pointer(b, y.row(b, t), vector(FLOAT, rows)), align=4)
 
 
-def emit_product(
-    b: Value, kind: int, weights: Span, x: Span, y: Span, length: Value, rows: Value, columns: Value, offset: Value
-) -> None:
+def emit_product(b: Value, kind: int, weights: Span, x: Span, y: Span, length: Value, rows: Value, columns: Value, offset: Value) -> None:
     """`y[t, r]` for all rows of the weights and of x (here: columns), in tiles, of as equal a width as can be."""
     by_four, groups = whole(b, rows, WEIGHT_ROWS), b.sdiv(b.add(columns, number(TILE - 1)), number(TILE))
     narrow, wider = b.sdiv(columns, groups), b.srem(columns, groups)
@@ -695,7 +693,7 @@ class Group(NamedTuple):
     cache: np.ndarray
 
 
-CODES, OFFSET, LOW, LOW_STRIDE, STARTS, COLUMNS, BITS, SCALES = 0, 1, 2, 3, 4, 5, 6, 7
+CODES, OFFSET, LOW, LOW_STRIDE, STARTS, COLUMNS, BITS, SCALES, DESCRIBED = 0, 1, 2, 3, 4, 5, 6, 7, 8
 """Where a description of a matrix of codes has their address, 8 times their base, the address of their low bits, the bytes of these from
 row to row, addresses of where each row's exceptions begin, of their columns and of their bits, and of integers' scales. The word of such
 a matrix has the address of its description."""
@@ -983,10 +981,11 @@ def run_layers(
 
 
 @compiled
-def run_product(crew: Crew, kind: int, weight: int, bias: int, x: np.ndarray, y: np.ndarray) -> None:
-    """`y = x W^T + b`."""
-    y_address, stride = y.ctypes.data, y.strides[0]
-    product(crew, 0, kind, weight, bias, x.ctypes.data, x.strides[0], y_address, stride, x.shape[1], y.shape[1], len(x), 0)
+def run_product(crew: Crew, word: int, bias: int, x: np.ndarray, y: np.ndarray, scratch: np.ndarray) -> None:
+    """`y = x W^T + b` with the matrix that a word names; `scratch` [threads, ..] is for decoded weights."""
+    y_address, stride, room = y.ctypes.data, y.strides[0], scratch.ctypes.data + crew.me * scratch.strides[0]
+    x_address, x_stride, length = x.ctypes.data, x.strides[0], x.shape[1]
+    product(crew, 0, word & 7, word >> 3, bias, x_address, x_stride, y_address, stride, length, y.shape[1], len(x), room)
 
 
 @compiled

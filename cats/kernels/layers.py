@@ -16,7 +16,10 @@ from cats.families import ATTENTION, GATED_MLP
 from cats.kernels import code
 from cats.kernels.team import team
 from cats.kv_cache import head_dim
+from cats.nested.format import KEPT_BITS, exceptions_of
+from cats.planning.plan import EXACT
 from cats.rows import Rows
+from cats.weight import Coded, Parts
 
 if TYPE_CHECKING:
     from cats.runtime.store import Store
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 KINDS = {torch.bfloat16: code.BF16, torch.float16: code.F16, torch.float32: code.F32}
 MATRICES = ATTENTION + GATED_MLP
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+NOTHING = np.empty((0, 0), np.float32)
 LOOK_SECONDS = 0.0002
 """Between looks at whether a matrix has been used."""
 WHOLE, ATTENDS, TRANSFORMS = (code.QUERY, code.MATRICES), (code.QUERY, code.GATE), (code.GATE, code.MATRICES)
@@ -109,6 +113,8 @@ class CompiledLayers:
         done = np.zeros((len(words), code.MATRICES), np.int64)
         self.weights = code.Weights(np.array(words, np.int64), np.array(biases, np.int64), np.array(norms, np.int64), done)
         self._drafts: dict[str, code.Weights] = {}
+        coming = [linear for row in self.projections for linear in row if linear is not None and linear.open is not None]
+        self._decoded = code.DECODED * max((linear.weight.shape[1] for linear in coming if linear.kind.decodes), default=0) // 2
         self._described: dict[tuple[str, int, int], Description] = {}
         self.resident = [all(linear is None or linear.open is None for linear in row) for row in self.projections]
 
@@ -152,7 +158,7 @@ class CompiledLayers:
 
     def _call(self, group: code.Group, start: int, stop: int, matrices: tuple[int, int]) -> None:
         workers, (rows, width) = team(), group.hidden_TD.shape
-        space = self.room.space(self.sizes, width, rows, group.cache.shape[3], workers.size, self._widest)
+        space = self.room.space(self.sizes, width, rows, group.cache.shape[3], workers.size, self._decoded)
         first, last = matrices[0], min(matrices[1], code.MATRICES if self.projections[start][code.GATE] is not None else code.GATE)
         if last <= first:
             return
@@ -170,9 +176,14 @@ class CompiledLayers:
         with workers.flight(*call):
             self._bring(weights, coming, workers.size)
 
+    @property
+    def _precision(self) -> str:
+        """That of the view that runs."""
+        return EXACT.precision if self.source is None else self.source.precision
+
     def _running(self) -> code.Weights:
         """The weights of the precision that runs; those that are codes in memory have a word from its first pass on."""
-        precision = EXACT.precision if self.source is None else self.source.precision
+        precision = self._precision
         if precision == EXACT.precision:
             return self.weights
         if precision not in self._drafts:
@@ -181,32 +192,34 @@ class CompiledLayers:
                 for matrix, linear in enumerate(row):
                     if linear is not None and linear.open is not None:
                         with linear.open() as parts:
-                            words[layer, matrix] = self._describe(precision, layer, matrix, linear.kind.coded(parts))
+                            at = self._describe(precision, layer, matrix, linear.kind.coded(parts))
+                            words[layer, matrix] = at or lying_word(linear, parts)
             self._drafts[precision] = self.weights._replace(matrices=words)
         return self._drafts[precision]
 
     def _describe(self, precision: str, layer: int, matrix: int, coded: Coded | None) -> int:
-        """The word of a matrix of codes, whose description is kept until the next one; 0 where it has none."""
+        """The word of a matrix of codes, whose description is kept; 0 where it has none."""
         if coded is None:
             return 0
-        description = Description(coded)
-        self._described[precision, layer, matrix] = description
-        return description.word
+        place = (precision, layer, matrix)
+        if place not in self._described:
+            self._described[place] = Description(coded)
+        return self._described[place].with_low_bits(coded.low)
 
     def _bring(self, weights: code.Weights, coming: Sequence[tuple[int, int]], threads: int) -> None:
         """Tell the threads of a pass where the matrices are that are not resident, each as it arrives."""
-        told, words = 0, weights.matrices.ctypes.data
+        told, words, precision = 0, weights.matrices.ctypes.data, self._precision
         try:
             for layer, matrix in coming:
                 used = Used(weights.done[layer, matrix : matrix + 1], threads)
                 linear = self.projections[layer][matrix]
                 with linear.open() as parts:
-                    at = self._describe(EXACT.precision, layer, matrix, linear.kind.coded(parts))
-                    weight = None if at else numbers_of(linear, parts)
-                    code.publish(words + 8 * (layer * code.MATRICES + matrix), at or word(weight))
+                    coded = linear.kind.coded(parts)
+                    weight = None if coded is not None else numbers_of(linear, parts)
+                    at = word(weight) if weight is not None else self._describe(precision, layer, matrix, coded)
+                    code.publish(words + 8 * (layer * code.MATRICES + matrix), at)
                     told += 1
-                    in_place = weight is None or any(part.data_ptr() == weight.data_ptr() for part in parts.values())
-                    if self.source is None or not in_place:
+                    if self.source is None or not (weight is None or lies(weight, parts)):
                         used.wait()
                     else:
                         self.source.busy_until(used)
@@ -214,22 +227,37 @@ class CompiledLayers:
             for layer, matrix in coming[told:]:
                 code.publish(words + 8 * (layer * code.MATRICES + matrix), code.ABANDONED)
 
-    @property
-    def _widest(self) -> int:
-        """Numbers of float32 that take up what a thread decodes at a time."""
-        return self._decoded if self._described else 0
-
 
 class Description:
-    """A matrix of codes as `code` knows it; alive as long as what it points to is used."""
+    """A resident matrix of codes as the compiled code knows it (`code.CODES` and what follows)."""
 
     def __init__(self, coded: Coded):
-        self._coded, found = coded, exceptions_of(coded.exceptions, len(coded.codes))
-        low, places = coded.low, (found.starts, found.columns, found.bits)
-        strides = [0, 0] if low is None else [low.data_ptr(), low.stride(0)]
-        self._numbers = np.array([coded.codes.data_ptr(), *strides, *(place.data_ptr() for place in places), 8 * coded.base], np.int64)
-        kind = code.NESTED if low is not None else code.CODES_BF16 if coded.dtype == torch.bfloat16 else code.CODES_F16
-        self.word = 8 * self._numbers.ctypes.data + kind
+        self._coded, self._numbers = coded, np.zeros(code.DESCRIBED, np.int64)
+        self._numbers[code.CODES], self._numbers[code.SCALES] = coded.codes.data_ptr(), address(coded.scales)
+        self._kind = code.INT8
+        if coded.layout is not None and coded.exceptions is not None:
+            found = exceptions_of(coded.exceptions, len(coded.codes))
+            self._kind = code.CODES_BF16 if coded.layout.dtype == torch.bfloat16 else code.CODES_F16
+            self._numbers[code.OFFSET] = int(found.base) << KEPT_BITS
+            self._numbers[code.STARTS : code.SCALES] = [part.data_ptr() for part in (found.starts, found.columns, found.bits)]
+
+    def with_low_bits(self, low: torch.Tensor | None) -> int:
+        """The word of the matrix, whose low bits lie here in this pass; None: of the codes alone."""
+        if low is None:
+            return int(8 * self._numbers.ctypes.data + self._kind)
+        self._numbers[code.LOW], self._numbers[code.LOW_STRIDE] = low.data_ptr(), low.stride(0)
+        return int(8 * self._numbers.ctypes.data + code.NESTED)
+
+
+def lies(weight: torch.Tensor, parts: Parts) -> bool:
+    """Whether a matrix is one of its parts as it lies in memory."""
+    return any(part.data_ptr() == weight.data_ptr() for part in parts.values())
+
+
+def lying_word(linear: Any, parts: Parts) -> int:
+    """The word of a matrix whose resident parts hold its numbers as they are; 0 where they must be made first."""
+    weight = numbers_of(linear, parts)
+    return word(weight) if lies(weight, parts) else 0
 
 
 def numbers_of(linear: Any, parts: Parts) -> torch.Tensor:
@@ -278,7 +306,7 @@ def product(x: torch.Tensor, weight_RK: torch.Tensor, bias: torch.Tensor | None)
     x_TK = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
     out = np.empty((len(x_TK), len(weight_RK)), np.float32)
     if len(x_TK):
-        team().run(code.run_product, 1, KINDS[weight_RK.dtype], weight_RK.data_ptr(), address(bias), x_TK, out)
+        team().run(code.run_product, 1, word(weight_RK), address(bias), x_TK, out, NOTHING)
     return torch.from_numpy(out).view(*x.shape[:-1], len(weight_RK))
 
 

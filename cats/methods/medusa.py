@@ -14,7 +14,6 @@ import torch
 
 from cats.config import MethodConfig
 from cats.errors import CatsError
-from cats.medusa_heads import MedusaHeads, read_accuracy, read_shape, stored_bytes
 from cats.methods.base import Method, Needs, Preset
 from cats.static_tree import Path as Ranks
 from cats.static_tree import best_tree
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from cats.cats_model import MultiAdapterCATSModel
+    from cats.medusa_heads import MedusaHeads
     from cats.state import Cycle
 
 SHIPPED = Path(__file__).resolve().parent.parent.parent / "data" / "smollm2-135m" / "heads"
@@ -61,7 +61,7 @@ class MedusaConfig(MethodConfig):
 class HeldHeads:
     """Heads on the model's device, and the tree that is filled with their guesses, as paths of ranks."""
 
-    heads: MedusaHeads
+    heads: "MedusaHeads"
     tree: list[Ranks]
 
     @property
@@ -82,11 +82,15 @@ class Medusa(Method):
     @classmethod
     def needs(cls, config: MedusaConfig) -> Needs:
         """The heads' bytes; none where there are no heads, which `open` says."""
+        from cats.medusa_heads import stored_bytes  # which loads more than flags should wait for
+
         return Needs(held_bytes=stored_bytes(config.directory) if config.directory else 0)
 
     @classmethod
     def lacks(cls, config: MedusaConfig, base: "PretrainedConfig") -> str | None:
         """Heads for this base model."""
+        from cats.medusa_heads import read_shape
+
         if config.directory is None:
             return "the method medusa needs heads; give --heads DIRECTORY (training/train_heads.py makes one)."
         shape = read_shape(config.directory)
@@ -100,6 +104,8 @@ class Medusa(Method):
     @classmethod
     def open(cls, model: "MultiAdapterCATSModel", config: MedusaConfig) -> HeldHeads:
         """Load the heads and find their tree; missing ones, and those of another model, raise `CatsError`."""
+        from cats.medusa_heads import MedusaHeads, read_accuracy
+
         base, directory = model.base, config.directory
         lacking = cls.lacks(config, base.config)
         if lacking is not None:

@@ -19,7 +19,7 @@ import torch
 
 from cats.errors import CatsError
 
-KEPT_BITS = 3
+KEPT_BITS, NIBBLE = 3, 4
 LARGEST_CODE = 127
 EXPONENTS = 16
 """Of a code, so that it has four bits for them."""
