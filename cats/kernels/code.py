@@ -106,7 +106,8 @@ def load_tail(b: Value, address: Value, nbytes: Value, of: Value = FLOAT) -> Val
 
 
 def upcast(b: Value, raw: Value, kind: int, offset: Value) -> Value:
-    """Stored weights as float32, exactly; codes as the numbers they stand for alone.
+    """Stored weights as float32, exactly; codes as the numbers they stand for alone, code 0 as the least of them, 2^-15 of the largest: to
+    tell it from the others would cost more than it is worth in a draft.
 
     Args:
         offset: of codes, a 32-bit number: 8 times the matrix' base.
@@ -119,12 +120,11 @@ def upcast(b: Value, raw: Value, kind: int, offset: Value) -> Value:
         return b.fpext(raw, vector(FLOAT))
     if kind == INT8:
         return b.sitofp(raw, vector(FLOAT))
-    codes = b.zext(raw, vector(WORD))
-    values = b.and_(codes, words(LARGEST_CODE))
-    lifted = b.select(b.icmp_unsigned("==", values, words(0)), words(0), b.add(values, splat(b, offset)))
+    codes = b.sext(raw, vector(WORD))
+    lifted, sign = b.add(b.and_(codes, words(LARGEST_CODE)), splat(b, offset)), b.and_(codes, words(-(1 << 31)))
     if kind == CODES_BF16:
-        return b.bitcast(b.or_(b.shl(lifted, words(20)), b.shl(b.and_(codes, words(128)), words(24))), vector(FLOAT))
-    half = b.trunc(b.or_(b.shl(lifted, words(7)), b.shl(b.and_(codes, words(128)), words(8))), vector(SHORT))
+        return b.bitcast(b.or_(b.shl(lifted, words(20)), sign), vector(FLOAT))
+    half = b.trunc(b.or_(b.shl(lifted, words(7)), b.lshr(sign, words(16))), vector(SHORT))
     return b.fpext(b.bitcast(half, vector(ir.HalfType())), vector(FLOAT))
 
 
@@ -228,11 +228,12 @@ def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: 
             for t in range(columns):
                 b.store(fma(weight, x_vectors[t], b.load(sums[r][t])), sums[r][t])
 
-    for chosen in (range(r, r + 1) for r in range(rows)) if columns == 1 else (range(rows),):
+    sweep = columns == 1 and kind <= F32
+    for chosen in (range(r, r + 1) for r in range(rows)) if sweep else (range(rows),):
         with counting(b, number(0), full, LANES) as i:
             w_offset, x_offset = b.mul(i, number(item)), b.mul(i, number(4))
             ahead = b.add(weights.row(b, rows), b.mul(w_offset, number(rows)))
-            for line in range(0, rows * LANES * item if columns > 1 else 0, CACHE_LINE):
+            for line in range(0, 0 if sweep else rows * LANES * item, CACHE_LINE):
                 prefetch(b, b.add(ahead, number(line)))
             x_vectors = [load_vector(b, b.add(at, x_offset)) for at in x_at]
             add(chosen, lambda at, offset=w_offset: load_vector(b, b.add(at, offset), STORED[kind]), x_vectors)  # type: ignore[misc]

@@ -112,11 +112,15 @@ class CompiledLayers:
         norms = [[address((norm := part(layer, name)) and norm.weight) for name in NORMS] for layer in layers]
         done = np.zeros((len(words), code.MATRICES), np.int64)
         self.weights = code.Weights(np.array(words, np.int64), np.array(biases, np.int64), np.array(norms, np.int64), done)
-        self._drafts: dict[str, code.Weights] = {}
-        coming = [linear for row in self.projections for linear in row if linear is not None and linear.open is not None]
+        self._coming = [
+            [(layer, matrix) for matrix, linear in enumerate(row) if linear is not None and linear.open is not None]
+            for layer, row in enumerate(self.projections)
+        ]
+        self._settled = {EXACT.precision: (self.weights, self._coming)}
+        coming = [self.projections[layer][matrix] for row in self._coming for layer, matrix in row]
         self._decoded = code.DECODED * max((linear.weight.shape[1] for linear in coming if linear.kind.decodes), default=0) // 2
         self._described: dict[tuple[str, int, int], Description] = {}
-        self.resident = [all(linear is None or linear.open is None for linear in row) for row in self.projections]
+        self.resident = [not row for row in self._coming]
 
     def takes(self, rows: Rows) -> bool:
         """Whether such rows can be run."""
@@ -162,11 +166,8 @@ class CompiledLayers:
         first, last = matrices[0], min(matrices[1], code.MATRICES if self.projections[start][code.GATE] is not None else code.GATE)
         if last <= first:
             return
-        weights = self._running()
-        coming = [(layer, matrix) for layer in range(start, stop) if not self.resident[layer] for matrix in range(first, last)]
-        coming = [place for place in coming if self.projections[place[0]][place[1]].open is not None]
-        if weights is not self.weights:
-            coming = [place for place in coming if weights.matrices[place] <= code.ABANDONED]
+        weights, unsettled = self._running()
+        coming = [place for layer in range(start, stop) for place in unsettled[layer] if first <= place[1] < last]
         for place in coming:
             weights.matrices[place] = code.AWAITED
         call = (code.run_layers, (stop - start) * code.COUNTERS, start, stop, first, last, self.sizes, weights, group, space)
@@ -181,12 +182,13 @@ class CompiledLayers:
         """That of the view that runs."""
         return EXACT.precision if self.source is None else self.source.precision
 
-    def _running(self) -> code.Weights:
-        """The weights of the precision that runs; those that are codes in memory have a word from its first pass on."""
+    def _running(self) -> tuple[code.Weights, list[list[tuple[int, int]]]]:
+        """The weights of the precision that runs, and by layer the places of those that have no word before a pass brings them.
+
+        Drafts run on what is resident, so all of it that needs no work has a word from the first pass on.
+        """
         precision = self._precision
-        if precision == EXACT.precision:
-            return self.weights
-        if precision not in self._drafts:
+        if precision not in self._settled:
             words = self.weights.matrices.copy()
             for layer, row in enumerate(self.projections):
                 for matrix, linear in enumerate(row):
@@ -194,8 +196,9 @@ class CompiledLayers:
                         with linear.open() as parts:
                             at = self._describe(precision, layer, matrix, linear.kind.coded(parts))
                             words[layer, matrix] = at or lying_word(linear, parts)
-            self._drafts[precision] = self.weights._replace(matrices=words)
-        return self._drafts[precision]
+            unsettled = [[place for place in row if not words[place]] for row in self._coming]
+            self._settled[precision] = self.weights._replace(matrices=words), unsettled
+        return self._settled[precision]
 
     def _describe(self, precision: str, layer: int, matrix: int, coded: Coded | None) -> int:
         """The word of a matrix of codes, whose description is kept; 0 where it has none."""
