@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cats.methods.cascade import CascadeConfig
     from cats.methods.eagle_self import EagleSelfConfig
     from cats.methods.kangaroo import KangarooConfig
+    from cats.methods.nested import NestedConfig
     from cats.methods.prompt_lookup import PromptLookupConfig
     from cats.stopping import StopStrings
     from cats.text import ModelText
@@ -48,6 +49,7 @@ __all__ = [
     "MethodConfig",
     "ModelText",
     "MultiAdapterCATSModel",
+    "NestedConfig",
     "PromptLookupConfig",
     "Step",
     "StopStrings",

@@ -12,10 +12,11 @@ from cats import engine
 from cats.acceptance import Acceptance
 from cats.cats_model import MultiAdapterCATSModel
 from cats.config import GenerationConfig, MemoryOptions, MethodConfig
+from cats.earlyexit import read_config
 from cats.engine import Generation, Step, Stop
 from cats.errors import CatsError
 from cats.hub import locate
-from cats.methods import METHODS, best_method, build_method, needs_of, with_needs
+from cats.methods import METHODS, best_method, build_method, check_runnable, needs_of, with_needs
 from cats.methods.base import Method
 from cats.planned import Loading, LoadPlan, Planning, plan_load
 from cats.text import Message, ModelText, has_tokenizer, listed_end_ids
@@ -128,6 +129,7 @@ def load(
     planned = None
     if method is not None:
         method = configuration(method)
+        check_runnable([method], read_config(directory), memory.coarse if memory else None)
         plan, memory = None, memory and with_needs(memory, method)
     one_memory = memory is not None and memory.device_bytes is None  # what the planner knows
     if plan is not None and memory is not None and memory.budget_bytes is not None and one_memory:

@@ -243,6 +243,14 @@ COPIES: dict[str, type[Weight]] = {"int8": Int8Copy}
 """Kinds that add a coarse copy to plain weights, by the name under which it is asked for (`MemoryOptions.coarse`)."""
 
 
+def has_coarse(config: object, coarse: str | None = None) -> bool:
+    """Whether a checkpoint of this configuration has a coarse form to draft with, or is given one by the copy `coarse`."""
+    settings = getattr(config, "quantization_config", None) or {}
+    given = settings if isinstance(settings, dict) else settings.to_dict()
+    kind = KINDS.get(str(given.get("quant_method"))) if given else COPIES.get(coarse or "")
+    return kind is not None and any(COARSE_PRECISION in needing for needing in kind.parts.values())
+
+
 def weight_of(config: object, directory: object, held: torch.dtype, sparing: bool, coarse: str | None = None) -> Weight:
     """The kind of a checkpoint's weights, for one model; raises `CatsError` for one that is not known.
 

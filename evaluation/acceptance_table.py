@@ -122,7 +122,7 @@ def _answer(subject: Subject, method: MethodConfig, prompt_ids: list[int], confi
 
 def fill_all(args: argparse.Namespace) -> bool:
     """Check everything, load, fill the cells; returns whether this process is the one that builds the table."""
-    methods = runnable_presets(base_model(args.model_path)[1]) if args.methods is None else parse_presets(args.methods)
+    methods = runnable_presets(base_model(args.model_path)[1], args.coarse) if args.methods is None else parse_presets(args.methods)
     config = GenerationConfig(max_new_tokens=args.max_new_tokens)
     model = chosen_model(list(methods.values()), args)
     text, memory = load_text(model.directory, args.template), chosen_memory(methods.values(), args.max_new_tokens, args)

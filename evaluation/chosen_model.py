@@ -16,8 +16,9 @@ from pathlib import Path
 from cats import CatsError, MethodConfig
 from cats.adapter import read_adapter_config
 from cats.cli.default_model import default_model
+from cats.earlyexit import read_config
 from cats.hub import locate
-from cats.methods import needs_of
+from cats.methods import check_runnable, needs_of
 from evaluation.options import ADAPTERS, Adapters
 
 
@@ -40,6 +41,7 @@ def chosen_model(methods: list[MethodConfig], args: argparse.Namespace) -> Chose
     """What the flags of `add_model_flags` mean for these methods; contradictions, and what is missing, raise `CatsError`."""
     check_needed(methods, args)
     name, directory, brought = base_model(args.model_path)
+    check_runnable(methods, read_config(directory), getattr(args, "coarse", None))
     needed = {name: config.name for config in methods for name in needs_of(config).adapters}
     adapters = {role: chosen_adapter(role, method, brought, args) for role, method in sorted(needed.items())}
     return ChosenModel(name, directory, adapters)

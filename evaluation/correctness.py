@@ -183,7 +183,7 @@ class Comparison:
 
 def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
     """Check everything that needs no weights; the first fault raises `CatsError`. Records go to `folder` where no output is asked for."""
-    methods = runnable_presets(base_model(args.model_path)[1]) if args.all_methods else parse_presets(args.methods)
+    methods = runnable_presets(base_model(args.model_path)[1], args.coarse) if args.all_methods else parse_presets(args.methods)
     refuse_half(DTYPES.get(args.compute_dtype))
     for length in args.max_new_tokens:
         GenerationConfig(max_new_tokens=length)

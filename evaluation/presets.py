@@ -49,11 +49,15 @@ def parse_presets(texts: Sequence[str]) -> dict[str, MethodConfig]:
     return dict(parse_preset(text) for text in texts)
 
 
-def runnable_presets(directory: Path) -> dict[str, MethodConfig]:
-    """All names, but for those that lack something to run with the checkpoint in `directory`, which standard error tells."""
+def runnable_presets(directory: Path, coarse: str | None = None) -> dict[str, MethodConfig]:
+    """All names, but for those that lack something to run with the checkpoint in `directory`, which standard error tells.
+
+    Args:
+        coarse: the copy that loading will make (`MemoryOptions.coarse`).
+    """
     base, runnable = read_config(directory), {}
     for name, config in PRESETS.items():
-        lacking = CLASSES[config.name].lacks(config, base)
+        lacking = CLASSES[config.name].lacks(config, base, coarse)
         if lacking is None:
             runnable[name] = config
         else:

@@ -2,10 +2,11 @@
 
 import dataclasses
 
-from cats.config import MethodConfig
-from cats.methods import small_shapes
+from cats.config import MemoryOptions, MethodConfig
+from cats.methods import needs_of, small_shapes
 from cats.methods.medusa import MedusaConfig
 from cats.methods.rest import RestConfig
+from cats.planning.plan import COARSE
 from cats.settings import flag_of
 from tests.datastores import store_of
 from tests.heads import HEADS, heads_of
@@ -22,6 +23,11 @@ def shapes_for(width: int) -> dict[str, MethodConfig]:
 SHAPES = shapes_for(width=32)
 
 
+def memory_for(shape: str, memory: MemoryOptions | None = None) -> MemoryOptions | None:
+    """The options, with an int8 copy where the shape drafts with a coarse form of plain weights."""
+    return dataclasses.replace(memory or MemoryOptions(), coarse="int8") if COARSE in needs_of(SHAPES[shape]).views else memory
+
+
 def flags_of(config: MethodConfig) -> list[str]:
     """The command-line flags of a method and its settings."""
     flags = ["--method", config.name]
@@ -31,4 +37,4 @@ def flags_of(config: MethodConfig) -> list[str]:
             flags.append(flag_of(field.name if value else f"no_{field.name}"))
         elif value is not None:
             flags += [flag_of(field.name), *map(str, value if isinstance(value, tuple) else [value])]
-    return flags
+    return flags + (["--coarse", "int8"] if COARSE in needs_of(config).views else [])

@@ -20,9 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cats.adapter import AdapterModel
 from cats.cats_model import MultiAdapterCATSModel
 from cats.earlyexit import EarlyExitLlamaForCausalLM
+from cats.planning.plan import COARSE_PRECISION, Demand, MemoryPlan, Piece
+from cats.runtime.store import Store
 
 LAYERS, DRAFT_EXIT, SHALLOW_EXIT = 4, 1, 2
 SHARPNESS = 500.0
+DRAFTS_ITSELF = MemoryPlan(
+    Demand(), None, "process", frozenset({Piece(0, "self_attn.q_proj", 0, 0, stands_for=frozenset({COARSE_PRECISION}))}), (), 0, 0
+)
+"""Everything is resident, and the exact weights are the coarse form, too."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def scripted_model(
     causal_lm = LlamaForCausalLM(config)
     torch.nn.Module.to(causal_lm, dtype)
     _write_weights(causal_lm, scripts)
-    model = MultiAdapterCATSModel(EarlyExitLlamaForCausalLM(causal_lm.eval(), config))
+    model = MultiAdapterCATSModel(EarlyExitLlamaForCausalLM(causal_lm.eval(), config, source=Store(DRAFTS_ITSELF)))
     for name, section, exit_layer in (("draft", 1, DRAFT_EXIT), ("shallow", 2, SHALLOW_EXIT)):
         adapter = AdapterModel(AdapterModel.config_for(config), exit_layer).to(dtype)
         with torch.no_grad():

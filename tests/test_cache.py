@@ -16,7 +16,7 @@ from cats.acceptance import build_acceptance
 from cats.engine import Limits, Step, decode_step, read_prompt
 from cats.kv_cache import KVCache
 from cats.state import AdapterState, DecodeState
-from tests.methods import SHAPES
+from tests.methods import SHAPES, memory_for
 from tests.scripted_model import random_script, scripted_model
 from tests.tiny_models import TinyModel, prompts
 
@@ -85,7 +85,7 @@ def assert_adapter_is_sound(adapter: AdapterState, exit_1ND: torch.Tensor, name:
 @pytest.mark.parametrize("family", ["llama-grouped", "llama-biases", "qwen2", "qwen3"])
 @torch.inference_mode()
 def test_caches_equal_caches_from_scratch(tiny: Tiny, family: str, shape: str) -> None:
-    model = cats.load(tiny(family).base, tiny(family).adapters, dtype="float64")
+    model = cats.load(tiny(family).base, tiny(family).adapters, dtype="float64", memory=memory_for(shape))
     for prompt in prompts(count=2, longest=12, seed=3):
         for state, _ in steps(model, prompt, shape, cats.GenerationConfig(max_new_tokens=24, eos_token_ids=())):
             assert_state_is_sound(state)
@@ -95,7 +95,7 @@ def test_caches_equal_caches_from_scratch(tiny: Tiny, family: str, shape: str) -
 @torch.inference_mode()
 def test_caches_are_sound_after_sampled_paths(tiny: Tiny, shape: str) -> None:
     """At T > 0 paths turn off the trunk often."""
-    model = cats.load(tiny("llama").base, tiny("llama").adapters, dtype="float64")
+    model = cats.load(tiny("llama").base, tiny("llama").adapters, dtype="float64", memory=memory_for(shape))
     config = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=(), temperature=3.0, seed=1)
     for state, _ in steps(model, prompts(count=1, longest=12, seed=4)[0], shape, config):
         assert_state_is_sound(state)

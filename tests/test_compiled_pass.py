@@ -9,7 +9,7 @@ import cats
 from cats import kernels
 from cats.acceptance import Greedy, Verdict
 from cats.tree import TokenTree
-from tests.methods import SHAPES
+from tests.methods import SHAPES, memory_for
 from tests.tiny_models import EOS, FAMILIES, TinyModel, prompts
 
 if kernels.why_not() is not None:
@@ -56,7 +56,8 @@ def test_compiled_layers_are_transformers_layers(tiny: Tiny, family: str, monkey
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("memory", [None, cats.MemoryOptions(pinning=False)], ids=["resident", "streamed"])
 def test_every_methods_logits_are_plain_decodings(tiny: Tiny, shape: str, dtype: str, memory: cats.MemoryOptions | None) -> None:
-    model = cats.load(tiny("llama-grouped").base, tiny("llama-grouped").adapters, dtype=dtype, memory=memory, plan=None)
+    base, adapters = tiny("llama-grouped").base, tiny("llama-grouped").adapters
+    model = cats.load(base, adapters, dtype=dtype, memory=memory_for(shape, memory), plan=None)
     assert model.base.compiled is not None
     plain, found = committed(model, "autoregressive"), committed(model, shape)
     length = min(len(plain), len(found))

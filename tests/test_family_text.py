@@ -19,7 +19,7 @@ from cats.state import DecodeState
 from cats.text import load_tokenizer
 from evaluation import CATS_dynamic, correctness
 from tests.family_checkpoints import PUBLISHED, QUESTION, FamilyCheckpoint, greedy
-from tests.methods import SHAPES
+from tests.methods import SHAPES, memory_for
 from training import chat_tokens, train_finetune
 from training.chat_tokens import ChatTokens
 
@@ -66,11 +66,12 @@ def test_the_command_that_asks(published: Published, name: str, prompts_read: li
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_library(published: Published, name: str, prompts_read: list[list[int]]) -> None:
     checkpoint = published(name)
-    model = cats.load(checkpoint.tiny.base, checkpoint.tiny.adapters, dtype="float32")
-    assert model.end_token_ids == checkpoint.end_ids
-    for method in SHAPES.values():
-        answer = model.chat(QUESTION, method, max_new_tokens=LONGEST)
-        assert (answer.ids, answer.finish) == (expected(checkpoint), "eos")
+    for memory in set(map(memory_for, SHAPES)):
+        model = cats.load(checkpoint.tiny.base, checkpoint.tiny.adapters, dtype="float32", memory=memory)
+        assert model.end_token_ids == checkpoint.end_ids
+        for shape in (shape for shape in SHAPES if memory_for(shape) == memory):
+            answer = model.chat(QUESTION, SHAPES[shape], max_new_tokens=LONGEST)
+            assert (answer.ids, answer.finish) == (expected(checkpoint), "eos")
     assert set(map(tuple, prompts_read)) == {tuple(checkpoint.prompt_ids)}
 
 

@@ -15,7 +15,7 @@ from cats.trace import StageSeconds, StepTrace, Stopwatch
 from evaluation import CATS_dynamic, live_view
 from evaluation.live_view import LiveView, cycle_record, ended, joined, lanes_of, parse_range, read_cycles, table
 from evaluation.record_file import append_record, read_records
-from tests.methods import SHAPES
+from tests.methods import SHAPES, memory_for
 from tests.test_options import paths, questions
 from tests.tiny_models import TinyModel
 
@@ -76,7 +76,8 @@ def test_a_stage_that_follows_on_itself_is_one_span() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_spans_lie_in_the_step_and_make_up_its_stages(tiny: Callable[[str], TinyModel], shape: str) -> None:
     model = tiny("llama")
-    loaded = cats.load(model.base, {name: (getattr(model, name), None) for name in needs_of(SHAPES[shape]).adapters}, "float32", "cpu")
+    adapters = {name: (getattr(model, name), None) for name in needs_of(SHAPES[shape]).adapters}
+    loaded = cats.load(model.base, adapters, "float32", "cpu", memory_for(shape))
     answer = cats.generate(loaded, [5, 6, 7, 8], SHAPES[shape], cats.GenerationConfig(max_new_tokens=12))
     for trace in answer.traces:
         assert trace.spans[-2][0] == "target"

@@ -13,7 +13,7 @@ import torch
 from transformers import MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 import cats
-from tests.methods import SHAPES
+from tests.methods import SHAPES, memory_for
 from tests.tiny_models import CONTEXT, EOS, FAMILIES, LAYERS, SIZES, TinyModel, build, prompts, reload
 
 LENGTHS = (1, 2, 7, 40)
@@ -24,8 +24,8 @@ Tiny = Callable[[str], TinyModel]
 
 
 @cache
-def loaded(tiny: TinyModel, dtype: str = "float32") -> cats.MultiAdapterCATSModel:
-    return cats.load(tiny.base, tiny.adapters, dtype=dtype)
+def loaded(tiny: TinyModel, dtype: str = "float32", memory: cats.MemoryOptions | None = None) -> cats.MultiAdapterCATSModel:
+    return cats.load(tiny.base, tiny.adapters, dtype=dtype, memory=memory)
 
 
 @cache
@@ -51,7 +51,8 @@ def test_greedy_is_transformers_greedy(tiny: Tiny, family: str, shape: str) -> N
     for place, prompt in enumerate(PROMPTS):
         whole = expected(tiny(family), tuple(prompt), max(LENGTHS))
         for length in LENGTHS if place == 0 else (max(LENGTHS),):
-            got = answer(loaded(tiny(family)), prompt, shape, cats.GenerationConfig(max_new_tokens=length, eos_token_ids=(EOS,)))
+            config = cats.GenerationConfig(max_new_tokens=length, eos_token_ids=(EOS,))
+            got = answer(loaded(tiny(family), memory=memory_for(shape)), prompt, shape, config)
             assert got.ids == whole[:length], f"{len(prompt)} prompt tokens, {length} new ones"
             assert got.finish == ("eos" if EOS in whole[:length] else "length")
             assert sum(trace.committed for trace in got.traces) == len(got.ids)
@@ -61,13 +62,14 @@ def test_greedy_is_transformers_greedy(tiny: Tiny, family: str, shape: str) -> N
 def test_greedy_in_float64(tiny: Tiny, shape: str) -> None:
     for prompt in PROMPTS:
         config = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=(EOS,))
-        assert answer(loaded(tiny("llama"), "float64"), prompt, shape, config).ids == expected(tiny("llama"), tuple(prompt), 40, "float64")
+        model, whole = loaded(tiny("llama"), "float64", memory_for(shape)), expected(tiny("llama"), tuple(prompt), 40, "float64")
+        assert answer(model, prompt, shape, config).ids == whole
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_token_may_be_eos(tiny: Tiny, shape: str) -> None:
     """Every token of an answer in turn is declared EOS: the first one, one in mid-path, the next token after a path."""
-    model, prompt = loaded(tiny("llama-grouped")), PROMPTS[0]
+    model, prompt = loaded(tiny("llama-grouped"), memory=memory_for(shape)), PROMPTS[0]
     whole = answer(model, prompt, "autoregressive", cats.GenerationConfig(max_new_tokens=16, eos_token_ids=())).ids
     for place, token in enumerate(whole):
         got = answer(model, prompt, shape, cats.GenerationConfig(max_new_tokens=16, eos_token_ids=(token, 0)))
@@ -80,7 +82,8 @@ def test_any_token_may_be_eos(tiny: Tiny, shape: str) -> None:
 def test_answers_end_with_the_context(tiny: Tiny, shape: str, room: int) -> None:
     prompt = torch.randint(EOS + 1, 40, (CONTEXT - room,), generator=torch.Generator().manual_seed(room)).tolist()
     whole = expected(tiny("llama"), tuple(prompt), room)
-    got = answer(loaded(tiny("llama")), prompt, shape, cats.GenerationConfig(max_new_tokens=50, eos_token_ids=(EOS,)))
+    config = cats.GenerationConfig(max_new_tokens=50, eos_token_ids=(EOS,))
+    got = answer(loaded(tiny("llama"), memory=memory_for(shape)), prompt, shape, config)
     assert got.ids == whole
     assert got.finish == ("eos" if EOS in whole else "context")
 
@@ -97,7 +100,8 @@ def test_long_prompts_are_read_in_pieces(tiny: Tiny, monkeypatch: pytest.MonkeyP
     whole = expected(tiny("llama-grouped"), tuple(prompt), 20)
     monkeypatch.setattr("cats.state.PREFILL_ROWS", 16)
     for shape in SHAPES:
-        assert answer(loaded(tiny("llama-grouped")), prompt, shape, cats.GenerationConfig(max_new_tokens=20)).ids == whole
+        model = loaded(tiny("llama-grouped"), memory=memory_for(shape))
+        assert answer(model, prompt, shape, cats.GenerationConfig(max_new_tokens=20)).ids == whole
 
 
 WINDOWED: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -121,7 +125,7 @@ def test_a_sliding_window_is_the_context(tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_method_object_serves_many_answers(tiny: Tiny, shape: str) -> None:
     """Nothing is left behind by an answer, nor by one that was abandoned half way."""
-    model = loaded(tiny("llama"))
+    model = loaded(tiny("llama"), memory=memory_for(shape))
     method = cats.build_method(SHAPES[shape], model)
     config = cats.GenerationConfig(max_new_tokens=20, eos_token_ids=(EOS,))
     fresh = [answer(model, prompt, shape, config).ids for prompt in PROMPTS]

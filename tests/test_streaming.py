@@ -19,7 +19,7 @@ from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.linear import Linear
 from cats.planning.plan import MemoryPlan
 from cats.tree import TokenTree
-from tests.methods import SHAPES
+from tests.methods import SHAPES, memory_for
 from tests.tiny_models import EOS, FAMILIES, LAYERS, SHALLOW_EXIT, TinyModel, prompts
 from tests.weight_kinds import STORED, of_kind, options_of, plain_of, rewritten
 
@@ -61,6 +61,8 @@ def resident(tiny: TinyModel, kind: str = "plain") -> cats.MultiAdapterCATSModel
 
 @cache
 def expected(tiny: TinyModel, shape: str, kind: str = "plain") -> tuple[list[int], list[torch.Tensor]]:
+    if memory_for(shape) is not None:  # other copies draft other trees
+        return run(streamed(tiny, cats.MemoryOptions(), kind), shape)
     return run(resident(tiny, kind if kind in STORED else "plain"), shape)
 
 
@@ -87,12 +89,14 @@ def smallest(tiny: TinyModel, ring_buffers: int = 1, kind: str = "plain") -> int
     [*((shape, 1) for shape in SHAPES), *((shape, ring) for ring in (2, 3) for shape in ("autoregressive", "cascade-tree", "kangaroo"))],
 )
 def test_every_method_and_ring(tiny: Tiny, kind: str, shape: str, ring_buffers: int) -> None:
+    if kind == "plain" and memory_for(shape) is not None:
+        pytest.skip("plain weights have no coarse form to draft with")
     pinning = kind != "nested"  # of matrices of a page and a half, three windows hold more than the budget leaves to be streamed
     memory = cats.MemoryOptions(smallest(tiny("llama"), ring_buffers, kind), "weights", pinning=pinning, ring_buffers=ring_buffers)
     model = streamed(tiny("llama"), memory, kind)
     assert plan_of(model).streamed
     found, wanted = run(model, shape), expected(tiny("llama"), shape, kind)
-    if shape == "cascade-hidden":  # its trees are as large as what the stream hides, so they differ, and with them what is verified
+    if shape == "cascade-hidden" or getattr(SHAPES[shape], "adaptive", False):  # trees that follow the clock: what is verified differs
         found, wanted = (found[0], []), (wanted[0], [])
     assert_equal(found, wanted)
 

@@ -16,7 +16,7 @@ from cats.cli.method_flags import add_method_flags, chosen_method
 from cats.cli.method_list import ListMethods
 from cats.cli.planned import add_plan_flags, is_planned, load_planned
 from cats.errors import CatsError
-from cats.methods import best_method, build_method, needs_of
+from cats.methods import best_method, build_method, check_runnable, needs_of
 from cats.methods.fallback import Fallback, with_fallback
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
     if arguments.raw and arguments.template is not None:
         raise CatsError("--raw leaves the chat template out, so --template does nothing; leave one of them out.")
     from cats.cli.progress import heartbeat
+    from cats.earlyexit import read_config
+    from cats.hub import locate
 
     ready_to_compute(arguments)
     default = default_model() if arguments.model_path is None else None
@@ -102,6 +104,7 @@ def load_model(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.MethodCo
         sys.stderr.write(f"no adapters for {default.name} lie beside this installation, so it drafts by {name.replace('_', ' ')}.\n")
     config = chosen_method(name, arguments)
     with heartbeat("loading"):
+        check_runnable([config], read_config(locate(path)), arguments.coarse)
         memory = memory_options(arguments, arguments.max_new_tokens, [config])
         chosen = needed_adapters(arguments, adapters, name, needs_of(config).adapters)
         dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from cats.methods.base import CLASSES, METHODS, PRESETS, TITLES, Method, Needs
 from cats.settings import settings_of
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from cats.cats_model import MultiAdapterCATSModel
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Needs",
     "best_method",
     "build_method",
+    "check_runnable",
     "method_of",
     "needs_of",
     "small_shapes",
@@ -48,6 +51,13 @@ def build_method(config: MethodConfig, model: "MultiAdapterCATSModel | None" = N
 def needs_of(config: MethodConfig) -> Needs:
     """What the method that `config` belongs to asks of a model."""
     return CLASSES[config.name].needs(config)
+
+
+def check_runnable(configs: Iterable[MethodConfig], base: "PretrainedConfig", coarse: str | None = None) -> None:
+    """Raise `CatsError` where one of the methods lacks something to run with a base model of this configuration; see `Method.lacks`."""
+    for config in configs:
+        lacking = CLASSES[config.name].lacks(config, base, coarse)
+        require(lacking is None, str(lacking))
 
 
 def with_needs(memory: MemoryOptions, *configs: MethodConfig) -> MemoryOptions:

@@ -106,10 +106,13 @@ class Method(ABC):
         return Needs(cls.adapters)
 
     @classmethod
-    def lacks(cls, config: Any, base: "PretrainedConfig") -> str | None:
+    def lacks(cls, config: Any, base: "PretrainedConfig", coarse: str | None = None) -> str | None:
         """What is missing for this method to run with a base model of this configuration, as a sentence; None: nothing.
 
         Asked before anything is loaded, of files that `open` would read. Commands that run every method leave out what lacks something.
+
+        Args:
+            coarse: the copy that loading will make (`MemoryOptions.coarse`).
         """
         return None
 

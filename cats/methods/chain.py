@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cats.planning.plan import EXACT, View
+
 if TYPE_CHECKING:
     from cats.state import Cycle
 
@@ -23,16 +25,16 @@ class Chain:
     top_scores: list[list[float]]
 
 
-def draft_chain(cycle: "Cycle", adapter: str, start: int, steps: int, threshold: float, topk: int) -> Chain:
+def draft_chain(cycle: "Cycle", adapter: str, start: int, steps: int, threshold: float, topk: int, view: View = EXACT) -> Chain:
     """Draft up to `steps` tokens greedily after node `start`; from the second on, stop below `threshold`.
 
-    The newest token runs through `[0, d)`, the adapter and lm_head; its best successor becomes the next node. Tokens stay
+    The newest token runs through `[0, d)` of the view, the adapter and lm_head; its best successor becomes the next node. Tokens stay
     on the device until the chain is complete, unless a threshold has to be looked at.
     """
     exit_layer = cycle.state.exits[adapter]
     nodes, tokens, scores = [start], [], []
     while len(nodes) <= steps and cycle.tree.depths[nodes[-1]] < cycle.depth_limit:
-        cycle.advance(nodes[-1:], exit_layer)
+        cycle.advance(nodes[-1:], exit_layer, view)
         best = torch.log_softmax(cycle.adapter_logits(adapter, nodes[-1:])[0].float(), dim=-1).topk(topk)
         if threshold > 0 and len(nodes) > 1 and float(best.values[0].exp()) < threshold:
             break

@@ -87,7 +87,7 @@ class Medusa(Method):
         return Needs(held_bytes=stored_bytes(config.directory) if config.directory else 0)
 
     @classmethod
-    def lacks(cls, config: MedusaConfig, base: "PretrainedConfig") -> str | None:
+    def lacks(cls, config: MedusaConfig, base: "PretrainedConfig", coarse: str | None = None) -> str | None:
         """Heads for this base model."""
         from cats.medusa_heads import read_shape
 

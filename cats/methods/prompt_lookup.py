@@ -38,16 +38,21 @@ class NgramIndex:
         self._longest, self._indexed = longest, 0
         self._ends: dict[tuple[int, ...], int] = {}
 
-    def continuation(self, tokens: list[int], count: int) -> list[int]:
-        """Up to `count` tokens that followed the latest earlier occurrence of the longest known last n-gram."""
+    def continuation(self, tokens: list[int], count: int, ahead: list[int] | None = None) -> list[int]:
+        """Up to `count` tokens that followed the latest earlier occurrence of the longest known last n-gram.
+
+        Args:
+            ahead: drafted tokens that the n-gram ends with; they are not entered.
+        """
         for end in range(self._indexed + 1, len(tokens)):
             for size in range(1, min(self._longest, end) + 1):
                 self._ends[tuple(tokens[end - size : end])] = end
         self._indexed = max(self._indexed, len(tokens) - 1)
-        for size in range(min(self._longest, len(tokens)), 0, -1):
-            found = self._ends.get(tuple(tokens[-size:]))
+        last = tokens[-self._longest :] + (ahead or [])
+        for size in range(min(self._longest, len(last)), 0, -1):
+            found = self._ends.get(tuple(last[-size:]))
             if found is not None:
-                return tokens[found : found + count]
+                return [*tokens[found : found + count], *(ahead or [])][:count]
         return []
 
 

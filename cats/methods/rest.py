@@ -67,7 +67,7 @@ class Rest(Method):
         return Needs(held_bytes=0 if config.datastore is None else Datastore.open(config.datastore).nbytes)
 
     @classmethod
-    def lacks(cls, config: RestConfig, base: "PretrainedConfig") -> str | None:
+    def lacks(cls, config: RestConfig, base: "PretrainedConfig", coarse: str | None = None) -> str | None:
         """See `Method`: a datastore."""
         return NO_DATASTORE if config.datastore is None else None
 
