@@ -1,13 +1,18 @@
 """Models run compiled: transformers' layers to rounding, and plain decoding's logits bit for bit, whatever stands beside a row."""
 
+import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import cats
 from cats import kernels
 from cats.acceptance import Greedy, Verdict
+from cats.state import Cycle, DecodeState
 from cats.tree import TokenTree
 from tests.methods import SHAPES, memory_for
 from tests.tiny_models import EOS, FAMILIES, TinyModel, prompts
@@ -34,9 +39,7 @@ class Committed(Greedy):
 def committed(model: cats.MultiAdapterCATSModel, shape: str) -> torch.Tensor:
     """The logits of an answer, position by position."""
     witness = Committed()
-    cats.generate(
-        model, PROMPT, SHAPES[shape], cats.GenerationConfig(max_new_tokens=24, eos_token_ids=(EOS,)), acceptance=witness
-    )
+    cats.generate(model, PROMPT, SHAPES[shape], cats.GenerationConfig(max_new_tokens=24, eos_token_ids=(EOS,)), acceptance=witness)
     return torch.stack(witness.logits)
 
 
@@ -82,3 +85,48 @@ def test_the_number_of_threads_shows_in_no_bit(tiny: Tiny) -> None:
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory", [None, cats.MemoryOptions(pinning=False)], ids=["resident", "streamed"])
+@torch.inference_mode()
+def test_a_node_among_two_hundred_behind_two_thousand_positions(tmp_path: Path, dtype: str, memory: cats.MemoryOptions | None) -> None:
+    """Logits of nodes that are run together in a tree, in parts of it, and alone after their ancestors."""
+    directory, rng, nodes = long_context(tmp_path), random.Random(0), 200
+    model = cats.load(directory, dtype=dtype, memory=memory, plan=None)
+    state = DecodeState(model, [rng.randrange(50) for _ in range(2000)], (), 2001, nodes)
+    state.read_prompt()
+    state.tokens.append(7)
+    parents = [0, *(rng.randrange(max(1, node - 20), node + 1) - 1 for node in range(2, nodes))]
+    tokens = [rng.randrange(50) for _ in range(nodes)]
+
+    def grown() -> Cycle:
+        cycle = Cycle(state, nodes)
+        for node, parent in enumerate(parents, start=1):
+            assert cycle.tree.add(parent, tokens[node] + 50 * (node % 3), "trunk") == node
+        return cycle
+
+    together = grown().target_logits(range(nodes))
+    for count in (2, 7, 40):
+        assert torch.equal(grown().target_logits(range(count)), together[:count])
+    for node in (1, 50, 199):
+        cycle = grown()
+        for step in cycle.tree.path(node):
+            alone = cycle.target_logits([step])
+        assert torch.equal(alone[0], together[node])
+    state.close()
+
+
+def long_context(directory: Path) -> Path:
+    """A random model of three layers that sees 2,300 positions."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+    }
+    config = LlamaConfig(vocab_size=200, max_position_embeddings=2300, eos_token_id=EOS, **sizes)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    return directory
