@@ -1,9 +1,11 @@
-"""Wall clock under a slow link: plain decoding and CATS with the same budget of weights, every method with a plan of its own, in turns.
+"""Wall clock under streaming: plain decoding and CATS with the same budget of weights, every method with a plan of its own, in turns.
 
-    python -m scripts.benchmark_streaming --flash-bandwidth 100MB/s --memory-budget 184MB --output streaming.json
+    python -m scripts.benchmark_streaming [--flash-bandwidth 100MB/s] --memory-budget 184MB --output streaming.json
 
-Says for every method: tokens/s against plain decoding, next to the accepted length; and the cycle's time next to its physical bound, the
-longer of what the link needs for the bytes streamed and what the processor needs for the arithmetic (the cycle less its waiting).
+Says for every method: tokens/s against plain decoding, next to the accepted length; the cycle's time next to its physical bound, the
+longer of what the link needs for the bytes streamed and what the processor needs for the arithmetic (the cycle less its waiting), and
+next to what is left when only the ring hides the front: max(stream, target pass) + max(0, draft and check - ring / link); and the share
+of a cycle outside layers, adapters and head. Without --flash-bandwidth the link is the disk, at the rate of a direct sequential read.
 """
 
 import argparse
@@ -18,13 +20,14 @@ from typing import Any
 import torch
 
 import cats
+from cats.checkpoint import weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.memory_flags import PROMPT_POSITIONS
 from cats.cli.progress import heartbeat, live_bar
 from cats.errors import CatsError
 from cats.methods import needs_of, with_needs
 from cats.planning.plan import amount, parse_amount
-from cats.runtime.link import rate_text
+from cats.runtime.link import measure_read_rate, rate_text
 from cats.runtime.store import Store
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.options import add_place_flags
@@ -60,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_place_flags(parser)
     parser.add_argument("--methods", nargs="+", default=["cascade_chain", "cascade_tree"], metavar="METHOD", help=PRESET_HELP)
     parser.add_argument("--memory-budget", help="of weights (default: half of the checkpoint's)")
-    parser.add_argument("--flash-bandwidth", required=True, help="like 20MB/s: the link that is imitated")
+    parser.add_argument("--flash-bandwidth", help="like 20MB/s: the link that is imitated (default: the disk as it is)")
     parser.add_argument("--no-pinning", action="store_true", help="the paper's way, plain decoding included")
     parser.add_argument("--ring-buffers", type=int, default=3)
     parser.add_argument("--bench-name", default="mt_bench")
@@ -72,6 +75,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def imitated(args: argparse.Namespace) -> float | None:
+    """Bytes per second of the link that is imitated, if one is."""
+    return None if args.flash_bandwidth is None else float(parse_amount(args.flash_bandwidth, "--flash-bandwidth"))
+
+
 def contenders_of(args: argparse.Namespace, place: ChosenModel, methods: dict[str, cats.MethodConfig]) -> dict[str, Contender]:
     """Each method loaded under the same budget."""
     budget = parse_amount(args.memory_budget, "--memory-budget") if args.memory_budget else stored_bytes(place.directory) // 2
@@ -80,7 +88,7 @@ def contenders_of(args: argparse.Namespace, place: ChosenModel, methods: dict[st
         memory = cats.MemoryOptions(
             budget_bytes=budget,
             covers="weights",
-            flash_bandwidth=float(parse_amount(args.flash_bandwidth, "--flash-bandwidth")),
+            flash_bandwidth=imitated(args),
             pinning=not args.no_pinning,
             ring_buffers=args.ring_buffers,
             positions=PROMPT_POSITIONS + args.max_new_tokens,
@@ -114,6 +122,10 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
     tokens, seconds = sum(trace.committed for trace in traces), sum(trace.seconds.total for trace in traces)
     streams = [trace.bytes_streamed / bandwidth for trace in traces]
     computes = [trace.seconds.total - trace.seconds["stream_wait"] for trace in traces]
+    ring = contender.source.plan.ring_bytes / bandwidth
+    fronts = [trace.seconds.total - trace.seconds["target"] for trace in traces]
+    targets = [trace.seconds["target"] - trace.seconds["stream_wait"] for trace in traces]
+    models = [max(stream, target) + max(0.0, front - ring) for stream, target, front in zip(streams, targets, fronts, strict=True)]
     bounds = [max(stream, compute) for stream, compute in zip(streams, computes, strict=True)]
     return {
         "tokens": tokens,
@@ -126,6 +138,8 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
         "compute_seconds": statistics.median(computes),
         "front_seconds": statistics.median(trace.seconds["draft"] + trace.seconds["shallow"] for trace in traces),
         "cycle_by_bound": statistics.median(trace.seconds.total / bound for trace, bound in zip(traces, bounds, strict=True)),
+        "cycle_by_model": statistics.median(trace.seconds.total / model for trace, model in zip(traces, models, strict=True)),
+        "overhead_share": statistics.median(1 - trace.seconds["compute"] / trace.seconds.total for trace in traces),
         "ring_bytes": contender.source.plan.ring_bytes,
         "charged_bytes": contender.source.plan.charged,
     }
@@ -134,13 +148,14 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
 def table(methods: dict[str, dict[str, Any]]) -> str:
     """The result in Markdown."""
     lines = [
-        "| method | accepted length | tokens/s | against plain | by accepted length | streamed a cycle | cycle, s | by its bound |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | accepted length | tokens/s | against plain | by accepted length | streamed a cycle | cycle, s | by its bound | "
+        "by its model | overhead |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {label} | {row['accepted_length']:.2f} | {row['tokens_per_second']:.2f} | {row['speed_up']:.2f} x | "
         f"{row['speed_up'] / row['accepted_length']:.2f} | {amount(int(row['streamed_bytes_per_cycle']))} | {row['cycle_seconds']:.3f} | "
-        f"{row['cycle_by_bound']:.2f} |"
+        f"{row['cycle_by_bound']:.2f} | {row['cycle_by_model']:.2f} | {row['overhead_share']:.1%} |"
         for label, row in methods.items()
     ]
     return "\n".join(lines) + "\n"
@@ -155,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     place = chosen_model(list(presets.values()), args)
     with heartbeat(f"loading {place.name}"):
         contenders = contenders_of(args, place, presets)
-    bandwidth = float(parse_amount(args.flash_bandwidth, "--flash-bandwidth"))
+    emulated = imitated(args)
+    bandwidth = measure_read_rate(weight_files(place.directory)[0]) if emulated is None else emulated
     for contender in contenders.values():
         sys.stderr.write("\n".join(contender.source.report()) + "\n\n")
     answer_in_turns(args, place.directory, contenders)
@@ -163,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in methods.values():
         row["speed_up"] = row["tokens_per_second"] / methods[PLAIN]["tokens_per_second"]
     budget = contenders[PLAIN].source.plan.budget_bytes or 0
-    link = f"emulated {rate_text(bandwidth)}"
+    link = f"this disk, {rate_text(bandwidth)}" if emulated is None else f"emulated {rate_text(bandwidth)}"
     title = f"budget {amount(budget)} of weights, {link}, {'no pinning' if args.no_pinning else 'pinned'}, greedy answers identical\n\n"
     sys.stdout.write(title + table(methods))
     if args.output:
