@@ -119,7 +119,7 @@ def ready_to_compute(arguments: argparse.Namespace) -> None:
 
     if arguments.device != "cpu" or arguments.compute_dtype not in ("auto", "float32"):
         return
-    with heartbeat("preparing (the first time on a machine, some ten seconds of compiling)"):
+    with heartbeat("preparing (the first time on a machine, some fifteen seconds of compiling)"):
         reason = kernels.why_not()
     if reason is not None:
         sys.stderr.write(f"not compiled, so slower: {reason}.\n")
