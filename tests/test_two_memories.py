@@ -97,10 +97,10 @@ def test_copies_give_what_residents_give(tiny: Tiny, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cats.loading, "Store", Elsewhere)
     monkeypatch.setattr(cats.loading, "check_device", lambda asked, device: None)
     source, expected = tiny("llama"), run(cats.load(tiny("llama").base, tiny("llama").adapters), shape)
-    roomy = cats.load(source.base, source.adapters, memory=cats.MemoryOptions(device_bytes=10**9, nodes=40, positions=64)).base.source
+    roomy = cats.load(source.base, source.adapters, memory=cats.MemoryOptions(device_bytes=10**9, nodes=64, positions=64)).base.source
     device_bytes = sum(nbytes for _, nbytes in roomy.plan.device_charges) - 80_000
     covers = {} if host_bytes is None else {"covers": "weights", "budget_bytes": host_bytes}
-    memory = cats.MemoryOptions(device_bytes=device_bytes, nodes=40, positions=64, ring_buffers=2, **covers)  # type: ignore[arg-type]
+    memory = cats.MemoryOptions(device_bytes=device_bytes, nodes=64, positions=64, ring_buffers=2, **covers)  # type: ignore[arg-type]
     model = cats.load(source.base, source.adapters, memory=memory)
     plan = model.base.source.plan
     assert plan.hosted

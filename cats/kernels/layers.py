@@ -222,10 +222,9 @@ class CompiledLayers:
                     at = word(weight) if weight is not None else self._describe(precision, layer, matrix, coded)
                     code.publish(words + 8 * (layer * code.MATRICES + matrix), at)
                     told += 1
-                    if self.source is None or not (weight is None or lies(weight, parts)):
+                    stays = weight is None or lies(weight, parts)
+                    if self.source is None or not stays or not self.source.busy_until(used):
                         used.wait()
-                    else:
-                        self.source.busy_until(used)
         finally:
             for layer, matrix in coming[told:]:
                 code.publish(words + 8 * (layer * code.MATRICES + matrix), code.ABANDONED)

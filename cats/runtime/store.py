@@ -246,10 +246,12 @@ class Store:
         """A piece that is not resident, on the compute device, while it is being used."""
         return self._stream.tensor(self.names[piece]) if self._staging is None else self._copied(piece, self._staging)
 
-    def busy_until(self, used: Arrival) -> None:
-        """Keep the place of the piece opened last, if it is one of the ring, until its use is over, also when its block has ended."""
-        if self.streamer is not None:
+    def busy_until(self, used: Arrival) -> bool:
+        """Keep the place of the piece opened last, if it is one of the ring, until its use is over, also when its block has ended; False
+        where it is elsewhere by now, and the block must last as long."""
+        if self.streamer is not None and self._staging is None:
             self.streamer.busy_until(used)
+        return self._staging is None
 
     @contextmanager
     def _copied(self, piece: Piece, staging: Staging) -> Iterator[torch.Tensor]:
