@@ -48,8 +48,9 @@ def test_codes_alone_are_the_coarse_numbers(shape: tuple[int, int], count: int, 
     coarse = format.decode_coarse(codes, exceptions, layout)
     least = torch.tensor(8 * int(exceptions[0]) << layout.low_bits, dtype=torch.int16) | format.signs(codes)  # what a code of 0 counts as
     coarse = torch.where(codes & 127 == 0, least.view(dtype), coarse)
-    described = Description(Coded(codes, layout, exceptions))
-    assert torch.equal(product(x, described.with_low_bits(None), shape[0]), product(x, word(coarse), shape[0]))
+    coded = Coded(codes, layout, exceptions)
+    described = Description(coded)
+    assert torch.equal(product(x, described.word(coded), shape[0]), product(x, word(coarse), shape[0]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -61,8 +62,9 @@ def test_nested_weights_multiply_as_the_plain_ones_bit_for_bit(shape: tuple[int,
     if wide and weight.numel() > 2000:
         assert len(format.exceptions_of(exceptions, shape[0]).bits) > 0
     x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(2))
-    described = Description(Coded(codes, format.layout_of(torch.bfloat16), exceptions, low))
-    assert torch.equal(product(x, described.with_low_bits(low), shape[0]), product(x, word(weight), shape[0]))
+    coded = Coded(codes, format.layout_of(torch.bfloat16), exceptions, low)
+    described = Description(coded)
+    assert torch.equal(product(x, described.word(coded), shape[0]), product(x, word(weight), shape[0]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -71,5 +73,7 @@ def test_integers_are_scaled_by_row(shape: tuple[int, int], count: int) -> None:
     codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     scales = torch.rand(shape[0], generator=torch.Generator().manual_seed(1))
     x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(2))
-    found = product(x, Description(Coded(codes, scales=scales)).with_low_bits(None), shape[0])
+    coded = Coded(codes, scales=scales)
+    described = Description(coded)
+    found = product(x, described.word(coded), shape[0])
     assert torch.equal(found, product(x, word(codes.float()), shape[0]) * scales)

@@ -178,6 +178,16 @@ def test_a_cycle_takes_every_streamed_matrix_once(tiny: Tiny, kind: str) -> None
     assert max(trace.bytes_streamed for trace in cascade) <= max(rows) + 2 * 4096 * nodes
 
 
+@pytest.mark.parametrize("ring_buffers", [2, 3])
+def test_nested_weights_of_which_nothing_stays(tiny: Tiny, ring_buffers: int) -> None:
+    """Where nothing drafts with the codes they are streamed too, each time to another place of the ring."""
+    model = cats.load(of_kind(tiny("llama").base, "nested"), memory=cats.MemoryOptions(pinning=False, ring_buffers=ring_buffers))
+    assert any(piece.part == "codes" for piece in plan_of(model).streamed)
+    plain = cats.load(plain_of(tiny("llama").base, "nested"))
+    for _ in range(2):
+        assert_equal(run(model, "prompt-lookup"), run(plain, "prompt-lookup"))
+
+
 def test_an_abandoned_answer_leaves_the_stream_usable(tiny: Tiny, kind: str) -> None:
     model = streamed(tiny("llama"), cats.MemoryOptions(pinning=False), kind)
     steps = cats.stream(model, PROMPT, cats.build_method(SHAPES["cascade-chain"]), cats.GenerationConfig(max_new_tokens=16))

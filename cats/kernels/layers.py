@@ -207,7 +207,7 @@ class CompiledLayers:
         place = (precision, layer, matrix)
         if place not in self._described:
             self._described[place] = Description(coded)
-        return self._described[place].with_low_bits(coded.low)
+        return self._described[place].word(coded)
 
     def _bring(self, weights: code.Weights, coming: Sequence[tuple[int, int]], threads: int) -> None:
         """Tell the threads of a pass where the matrices are that are not resident, each as it arrives."""
@@ -231,24 +231,23 @@ class CompiledLayers:
 
 
 class Description:
-    """A resident matrix of codes as the compiled code knows it (`code.CODES` and what follows)."""
+    """A matrix of codes as the compiled code knows it (`code.CODES` and what follows); its exceptions and scales stay where they are."""
 
     def __init__(self, coded: Coded):
-        self._coded, self._numbers = coded, np.zeros(code.DESCRIBED, np.int64)
-        self._numbers[code.CODES], self._numbers[code.SCALES] = coded.codes.data_ptr(), address(coded.scales)
-        self._kind = code.INT8
+        self._staying, self._numbers = (coded.exceptions, coded.scales), np.zeros(code.DESCRIBED, np.int64)
+        self._numbers[code.SCALES], self._kind = address(coded.scales), code.INT8
         if coded.layout is not None and coded.exceptions is not None:
             found = exceptions_of(coded.exceptions, len(coded.codes))
             self._kind = code.CODES_BF16 if coded.layout.dtype == torch.bfloat16 else code.CODES_F16
             self._numbers[code.OFFSET] = int(found.base) << KEPT_BITS
             self._numbers[code.STARTS : code.SCALES] = [part.data_ptr() for part in (found.starts, found.columns, found.bits)]
 
-    def with_low_bits(self, low: torch.Tensor | None) -> int:
-        """The word of the matrix, whose low bits lie here in this pass; None: of the codes alone."""
-        if low is None:
-            return int(8 * self._numbers.ctypes.data + self._kind)
-        self._numbers[code.LOW], self._numbers[code.LOW_STRIDE] = low.data_ptr(), low.stride(0)
-        return int(8 * self._numbers.ctypes.data + code.NESTED)
+    def word(self, coded: Coded) -> int:
+        """The word of the matrix, whose codes and low bits lie here in this pass; without these: of the codes alone."""
+        self._numbers[code.CODES] = coded.codes.data_ptr()
+        if coded.low is not None:
+            self._numbers[code.LOW], self._numbers[code.LOW_STRIDE] = coded.low.data_ptr(), coded.low.stride(0)
+        return int(8 * self._numbers.ctypes.data + (self._kind if coded.low is None else code.NESTED))
 
 
 def lies(weight: torch.Tensor, parts: Parts) -> bool:

@@ -258,9 +258,11 @@ class Streamer:
         return self._kept is not None
 
     def busy_until(self, used: Arrival) -> None:
-        """Keep the place of the tensor taken last until its use is over (a device has copied it), also when its block has ended."""
-        for slot in self._held[-1:]:
-            slot.busy = used
+        """Keep the places of the tensors in hand until their use is over (a device has copied them), also when their block has ended; of
+        those that wait for a use already, that of the last one."""
+        for place, slot in enumerate(self._held, start=1):
+            if slot.busy is None or place == len(self._held):
+                slot.busy = used
 
     def _take(self, name: str) -> torch.Tensor:
         """Wait for a tensor, behind those that are held."""
