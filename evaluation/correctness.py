@@ -3,11 +3,14 @@
     python -m evaluation.correctness --all-methods --prompts heldout.json.gz --limit 40 --output correctness.json
     python -m evaluation.correctness --methods kangaroo cascade_chain cascade_tree --prompts heldout.json.gz --limit 10 \
         --max-new-tokens 256 --memory-budget 184MB --budget-covers weights --output correctness_streamed.json
+    python -m evaluation.correctness --model-path NESTED --reference-model PUBLISHED --reference-answers published.jsonl \
+        --methods nested nested_adaptive --prompts heldout.json.gz --memory-budget 170MB --budget-covers weights --output nested.json
 
 The default model and its adapters, unless --model-path names others. Per prompt, transformers generates once, for all methods,
-at the longest length; the answer at a shorter length is a prefix of it, which is what greedy decoding means. Exit status 1 when
-anything differs. In half precision near ties may flip between one row and several rows in a pass, so the comparison is offered in
-float32 and float64 only.
+at the longest length; the answer at a shorter length is a prefix of it, which is what greedy decoding means. transformers cannot run
+nested weights: --reference-model names the checkpoint that they were made of. With --reference-answers its answers are kept, for
+comparisons under other budgets. Exit status 1 when anything differs. In half precision near ties may flip between one row and several
+rows in a pass, so the comparison is offered in float32 and float64 only.
 """
 
 import argparse
@@ -20,15 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers import GenerationConfig as TransformersConfig
 
 from cats import CatsError, GenerationConfig, MemoryOptions, MethodConfig
 from cats.checkpoint import DTYPES
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import heartbeat, live_bar
 from cats.dtypes import HALVES, NEAR_TIES
-from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.records import sha256
 from cats.settings import as_record
 from cats.text import ModelText
@@ -39,8 +39,9 @@ from evaluation.presets import PRESET_HELP, parse_presets, runnable_presets
 from evaluation.processes import Processes, choose_device, own_share, start_processes
 from evaluation.questions import ALIASES, BENCHES, Question, read_questions, resolve_bench, select_questions
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
-from evaluation.subject import Subject, load_subject, load_text, subject_settings
+from evaluation.subject import Subject, load_subject, load_text, subject_settings, weights_fingerprint
 from evaluation.timing import environment
+from evaluation.transformers_reference import Reference, check_reference, reference_place
 from training.conversations import read_sharegpt
 
 
@@ -61,31 +62,6 @@ def first_difference(expected: Sequence[int], found: Sequence[int]) -> Differenc
         if wanted != got:
             return Difference(position, wanted, got)
     return None
-
-
-class Reference:
-    """The same checkpoint as plain transformers runs it, rounded to the dtype that `base` holds and computed in the one it computes in."""
-
-    def __init__(self, model_path: str | Path, base: EarlyExitLlamaForCausalLM, eos_token_ids: Sequence[int]):
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=base.held_dtype)
-        self.model = loaded.to(base.device, base.dtype).eval()  # type: ignore[arg-type]
-        self.ends = {"eos_token_id": list(eos_token_ids) or None, "pad_token_id": 0}
-        # The checkpoint's own generation settings (penalties, a length) must not mix in.
-        self.model.generation_config = TransformersConfig(**self.ends)
-
-    def greedy(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """transformers' own greedy answer, new tokens only."""
-        settings = TransformersConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **self.ends)
-        prompt = torch.tensor([list(prompt_ids)], device=self.model.device)
-        answer = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-        return [int(token) for token in answer[0, len(prompt_ids) :]]
-
-    @torch.no_grad()
-    def gap(self, ids: Sequence[int]) -> float:
-        """How far the best logit after `ids` is above the second best."""
-        logits_V = self.model(torch.tensor([list(ids)], device=self.model.device)).logits[0, -1]
-        best, second = logits_V.topk(2).values.tolist()
-        return float(best - second)
 
 
 def compare_prompt(
@@ -148,6 +124,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="a bench name, a question file (.jsonl) or a ShareGPT file (.json, .json.gz)")
     parser.add_argument("--max-new-tokens", type=int, nargs="+", default=[64], help="lengths to compare at (default: 64)")
     parser.add_argument("--limit", type=int, help="compare the first so many prompts (default: all)")
+    theirs = "checkpoint that transformers runs (default: the same); nested weights need the one that they were made of"
+    parser.add_argument("--reference-model", metavar="DIRECTORY", help=theirs)
+    kept = "transformers' answers: what is there is not made again"
+    parser.add_argument("--reference-answers", type=Path, metavar="FILE.jsonl", help=kept)
     parser.add_argument("--output", type=Path, help="result file (.json); the comparison can then be interrupted and taken up again")
     parser.set_defaults(dtype="float32")
     return parser.parse_args(argv)
@@ -155,7 +135,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison that was checked as far as it can be without the model's weights."""
+    """A comparison that was checked as far as it can be without loading the model.
+
+    Attributes:
+        reference: the checkpoint that transformers runs.
+        same_model: what shows that it is the same model.
+    """
 
     args: argparse.Namespace
     methods: dict[str, MethodConfig]
@@ -164,6 +149,8 @@ class Comparison:
     prompts: list[Question]
     text: ModelText
     records: Path
+    reference: Path
+    same_model: str
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -173,6 +160,7 @@ class Comparison:
             "max_new_tokens": self.args.max_new_tokens,
             "prompts": {"file": Path(self.args.prompts).name, "sha256": sha256(prompts_file(self.args.prompts))},
             "seed": None,
+            **({} if self.args.reference_model is None else {"reference": weights_fingerprint(self.reference)}),
         }
 
     @property
@@ -191,7 +179,10 @@ def make_comparison(args: argparse.Namespace, folder: Path) -> Comparison:
     prompts = select_questions(read_prompts(args.prompts), 0, args.limit)
     records = (args.output or folder / "correctness.json").with_suffix(".records.jsonl")
     memory = chosen_memory(methods.values(), max(args.max_new_tokens), args)
-    comparison = Comparison(args, methods, model, memory, prompts, load_text(model.directory, args.template), records)
+    text, reference = load_text(model.directory, args.template), reference_place(args.reference_model, model.directory)
+    with heartbeat(f"checking that {reference.name} is the same model"):
+        same_model = check_reference(model.directory, reference, text)
+    comparison = Comparison(args, methods, model, memory, prompts, text, records, reference, same_model)
     check_settings(comparison.settings_file, comparison.settings, records)
     return comparison
 
@@ -205,12 +196,12 @@ def refuse_half(compute: torch.dtype | None) -> None:
 def compare_all(comparison: Comparison, processes: Processes, device: torch.device) -> dict[str, str]:
     """One record per prompt that has none yet, shared among the processes; returns the dtypes of the arithmetic."""
     args, model, shown = comparison.args, comparison.model, processes.is_main_process
-    with heartbeat(f"loading {model.name}, twice", shown):
+    with heartbeat(f"loading {model.name}", shown):
         subject = load_subject(
             model.directory, model.adapters, comparison.text, args.dtype, device, comparison.memory, args.compute_dtype
         )
         refuse_half(subject.model.base.dtype)
-        reference = Reference(model.directory, subject.model.base, subject.text.end_token_ids)
+        reference = reference_of(comparison, subject)
     if args.ledger and shown:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
     done = {record["question_id"] for record in read_records(comparison.records)}
@@ -230,6 +221,18 @@ def compare_all(comparison: Comparison, processes: Processes, device: torch.devi
     return subject.arithmetic
 
 
+def reference_of(comparison: Comparison, subject: Subject) -> Reference:
+    """transformers with the same rounding, arithmetic and end tokens; loaded, unless all its answers are there."""
+    base, args = subject.model.base, comparison.args
+    ends = subject.text.end_token_ids
+    reference = Reference(comparison.reference, base.held_dtype, base.dtype, base.device, ends, args.reference_answers)
+    prompts = [comparison.text.prompt_ids(prompt.turns[0]) for prompt in comparison.prompts]
+    lengths = [min(max(args.max_new_tokens), base.context - len(prompt)) for prompt in prompts]
+    if any(reference.knows(prompt, room) is None for prompt, room in zip(prompts, lengths, strict=True) if room > 0):
+        _ = reference.model
+    return reference
+
+
 def result_of(comparison: Comparison, arithmetic: dict[str, str]) -> dict[str, Any]:
     """All records of the chosen prompts put together; accepted lengths are those of the longest answers."""
     chosen = {prompt.question_id for prompt in comparison.prompts}
@@ -243,6 +246,7 @@ def result_of(comparison: Comparison, arithmetic: dict[str, str]) -> dict[str, A
         "first_differences": differences,
         "accepted_length": {label: accepted_length(label, records) for label in comparison.methods},
         "arithmetic": arithmetic,
+        "reference": {"name": comparison.reference.resolve().name, "same_model": comparison.same_model},
         "settings": comparison.settings,
         "environment": environment(),
     }
@@ -258,6 +262,7 @@ def report(result: dict[str, Any]) -> str:
     """The outcome in words."""
     text = f"{result['comparisons']} comparisons on {result['prompts']} prompts ({result['skipped_prompts']} fill the context): "
     text += f"{result['differences']} differ from transformers' greedy answer\n"
+    text += f"transformers ran {result['reference']['name']}: {result['reference']['same_model']}\n"
     for found in result["first_differences"][:10]:
         text += (
             f"  prompt {found['question_id']}, {found['method']}, {found['max_new_tokens']} tokens: position {found['position']}, "

@@ -11,6 +11,7 @@ import cats
 from cats import engine
 from cats.cli import ask
 from evaluation import CATS_dynamic, correctness
+from evaluation.transformers_reference import Reference
 from training import train_finetune
 from training.chat_tokens import ChatTokens
 
@@ -52,7 +53,7 @@ def prompts_of_every_path(model: Path, folder: Path, template: str | None = None
     settings = ["--method", "autoregressive", "--model-id", "x", "--question-file", questions, "--output-dir", str(folder / "out")]
     with catching(engine, "stream", found["CATS_dynamic"], 1):
         CATS_dynamic.main(["--model-path", str(model), "--device", "cpu", *settings, *chosen])
-    with catching(correctness.Reference, "greedy", found["correctness"], 1):
+    with catching(Reference, "greedy", found["correctness"], 1):
         correctness.main(["--model-path", str(model), "--device", "cpu", "--methods", "autoregressive", "--prompts", questions, *chosen])
     return {name: ids for name, (ids,) in found.items()} | {"train_finetune": prompt_of_training(model, chats, folder, chosen)}
 

@@ -9,13 +9,16 @@ import torch
 
 from cats import AutoregressiveConfig
 from cats.methods import PRESETS
+from cats.nested import conversion
 from evaluation import correctness
-from evaluation.correctness import Difference, Reference, compare_prompt, first_difference
+from evaluation.correctness import Difference, compare_prompt, first_difference
 from evaluation.presets import runnable_presets
 from evaluation.record_file import read_records, rewrite_records
-from evaluation.subject import load_subject, load_text
+from evaluation.subject import Subject, load_subject, load_text
+from evaluation.transformers_reference import Reference
 from tests import speaking_model
 from tests.tiny_models import TinyModel
+from tests.weight_kinds import rewritten
 
 CPU = torch.device("cpu")
 
@@ -23,6 +26,11 @@ CPU = torch.device("cpu")
 def flags(tiny: TinyModel, *more: str) -> list[str]:
     adapters = ["--draft-adapter-path", str(tiny.draft), "--shallow-adapter-path", str(tiny.shallow)]
     return ["--model-path", str(tiny.base), *adapters, "--device", "cpu", "--limit", "2", *more]
+
+
+def reference_for(subject: Subject, directory: Path, ends: tuple[int, ...]) -> Reference:
+    base = subject.model.base
+    return Reference(directory, base.held_dtype, base.dtype, base.device, ends)
 
 
 def sharegpt(folder: Path) -> str:
@@ -95,7 +103,7 @@ def test_a_recorded_difference_is_reported_with_status_1_and_nothing_is_compared
 def test_another_model_differs_where_its_logits_do(tmp_path: Path, speaking: TinyModel) -> None:
     other = speaking_model.build(tmp_path, seed=1)
     subject = load_subject(str(speaking.base), {}, load_text(str(speaking.base), None), "float32", CPU)
-    reference = Reference(str(other.base), subject.model.base, subject.text.end_token_ids)
+    reference = reference_for(subject, other.base, subject.text.end_token_ids)
     prompt = subject.text.prompt_ids("Hi.")
     outcome = compare_prompt(subject, reference, prompt, {"plain": AutoregressiveConfig()}, [3, 20])
     assert outcome["comparisons"] == 2
@@ -108,7 +116,7 @@ def test_another_model_differs_where_its_logits_do(tmp_path: Path, speaking: Tin
 
 def test_answers_end_where_the_context_does(speaking: TinyModel) -> None:
     subject = load_subject(str(speaking.base), {}, load_text(str(speaking.base), None), "float32", CPU)
-    reference = Reference(str(speaking.base), subject.model.base, ())
+    reference = reference_for(subject, speaking.base, ())
     methods = {"plain": AutoregressiveConfig(), "lookup": PRESETS["prompt_lookup"]}
     prompt = [5 + place % 200 for place in range(subject.model.base.context - 3)]
     assert compare_prompt(subject, reference, prompt, methods, [1, 3, 50])["differences"] == []
@@ -151,3 +159,73 @@ def test_other_prompts_of_the_same_name_or_other_exits_are_not_gone_on_with(
             correctness.main([*command, *change])
         assert ended.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def published_and_nested(speaking: TinyModel, folder: Path) -> tuple[Path, Path]:
+    """The speaking model in bfloat16, and the nested checkpoint made of it, both with the tokenizer."""
+    published = rewritten(speaking.base, "plain", folder / "published", torch.bfloat16)
+    for path in speaking.base.iterdir():
+        if not (published / path.name).exists():
+            shutil.copy(path, published)
+    conversion.convert(conversion.conversion_of(published, folder / "nested"))
+    return published, folder / "nested"
+
+
+def test_nested_weights_are_compared_with_what_they_were_made_of(
+    tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And transformers answers once, for every method and budget, even for shorter answers."""
+    published, nested = published_and_nested(speaking, tmp_path)
+    command = ["--model-path", str(nested), "--device", "cpu", "--prompts", sharegpt(tmp_path), "--limit", "2"]
+    answers = ["--reference-model", str(published), "--reference-answers", str(tmp_path / "answers.jsonl")]
+    methods = ["--methods", "nested", "nested_adaptive", "nested_siblings", "--max-new-tokens"]
+    budget = ["--memory-budget", "1MB", "--budget-covers", "weights"]
+    correctness.main([*command, *answers, *methods, "9", *budget, "--output", str(tmp_path / "first.json")])
+    result = json.loads((tmp_path / "first.json").read_text())
+    assert (result["comparisons"], result["differences"]) == (6, 0)
+    assert result["reference"]["name"] == "published"
+    assert "SHA-256 of all" in capsys.readouterr().out
+    kept = read_records(tmp_path / "answers.jsonl")
+    assert [record["max_new_tokens"] for record in kept] == [9]  # both prompts are the same
+
+    monkeypatch.setattr("evaluation.transformers_reference.AutoModelForCausalLM", None)  # which is not needed again
+    for length in ("9", "4"):
+        correctness.main([*command, *answers, *methods, length, "--output", str(tmp_path / f"again{length}.json")])
+    assert json.loads((tmp_path / "again4.json").read_text())["differences"] == 0
+    assert read_records(tmp_path / "answers.jsonl") == kept
+    for change, said in (
+        (["--compute-dtype", "float64", *answers], "begun with compute 'float32', now it is 'float64'"),
+        ([], "give the checkpoint that they were made of by --reference-model"),
+        (["--reference-model", str(tmp_path / "absent")], "there is no directory"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            correctness.main([*command, *methods, "4", *change])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_another_model_is_no_reference_of_nested_weights(
+    tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published, nested = published_and_nested(speaking, tmp_path)
+    other, _ = published_and_nested(speaking_model.build(tmp_path / "seed1", seed=1), tmp_path / "seed1")
+    command = ["--methods", "nested", "--prompts", sharegpt(tmp_path), "--device", "cpu", "--limit", "1", "--max-new-tokens", "2"]
+
+    def refused(reference: Path) -> str:
+        with pytest.raises(SystemExit) as ended:
+            correctness.main([*command, "--model-path", str(nested), "--reference-model", str(reference)])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert f"is not the tensor that {nested} was made of" in refused(other)
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert "config.json says another rms_norm_eps" in refused(published)
+    (published / "config.json").write_text(json.dumps(config))
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": 77}))
+    assert "or other end tokens" in refused(published)
+    (published / "generation_config.json").unlink()
+    plain = ["--methods", "autoregressive", *command[2:], "--model-path", str(published)]
+    copied = shutil.copytree(published, tmp_path / "copied")
+    correctness.main([*plain, "--reference-model", str(copied)])
+    assert "nothing records what these weights were made of" in capsys.readouterr().out

@@ -321,11 +321,16 @@ def opened(directory: Path) -> NestedSource:
     return NestedSource(directory)
 
 
+def check_names(nested: NestedSource, source: Source) -> None:
+    """Raise `CatsError` where a tensor is in one of them only."""
+    differing = sorted(nested.digests.keys() ^ source.forms.keys())
+    require(not differing, f"only one of {nested.directory} and {source.directory} has the tensor {', '.join(differing[:1])}.")
+
+
 def verify(nested: NestedSource, source: Source | None = None, progress: Progress = ignored) -> None:
     """Rebuild every original tensor and compare its SHA-256, and all bits where `source` is given; `CatsError` names one that differs."""
     if source is not None:
-        differing = sorted(nested.digests.keys() ^ source.forms.keys())
-        require(not differing, f"only one of {nested.directory} and {source.directory} has the tensor {', '.join(differing[:1])}.")
+        check_names(nested, source)
     for name, expected in nested.digests.items():
         digest, same = hashlib.sha256(), source is None or nested.forms[name] == source.forms[name]
         others = None if source is None or not same else source.blocks(name)
@@ -335,6 +340,26 @@ def verify(nested: NestedSource, source: Source | None = None, progress: Progres
         require(same, f"{name} in {nested.directory} is not the one in {source and source.directory}; convert the checkpoint again.")
         require(digest.hexdigest() == expected, f"{name} in {nested.directory} is damaged: its SHA-256 has changed; convert it again.")
         progress(nested.nbytes(name))
+
+
+def check_published(nested: NestedSource, source: Source, progress: Progress = ignored) -> int:
+    """Raise `CatsError` unless `source` holds the tensors that `nested` was made of, by their SHA-256; returns how many there are."""
+    check_names(nested, source)
+    for name, expected in nested.digests.items():
+        require(
+            tensor_digest(source, name, progress) == expected,
+            f"{name} in {source.directory} is not the tensor that {nested.directory} was made of; give the checkpoint that it was made of.",
+        )
+    return len(nested.digests)
+
+
+def tensor_digest(source: Source, name: str, progress: Progress = ignored) -> str:
+    """SHA-256 of a tensor as it is stored."""
+    digest = hashlib.sha256()
+    for block in source.blocks(name):
+        digest.update(raw(block))
+        progress(block.nbytes)
+    return digest.hexdigest()
 
 
 def restored_name(file: str) -> str:
