@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cats.errors import ContractError
-from cats.planning.plan import View
+from cats.planning.plan import COARSE_PRECISION, View
 
 ACROSS = ("compute", "stream_wait", "total")
 
@@ -101,6 +101,11 @@ class StepTrace:
     started: float = 0.0
     spans: tuple[tuple[str, float, float], ...] = ()
     passes: tuple[PassCost, ...] = ()
+
+    @property
+    def coarse_layer_passes(self) -> int:
+        """Those of the layer passes that ran the layers' coarse form."""
+        return sum(cost.layers for cost in self.passes if cost.view.precision == COARSE_PRECISION and cost.adapter is None)
 
 
 class Stopwatch:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cats import CatsError
-from cats.methods import PRESETS
+from cats.methods import PRESETS, method_of, needs_of
 from cats.records import check_agreement
 from evaluation.metrics import (
     ModelShape,
@@ -26,9 +26,15 @@ from evaluation.record_file import Record, read_records
 
 PLAIN = "autoregressive"
 TITLES = {"mtbench": "MT-bench", "alpacaeval": "AlpacaEval", "gsm8k": "GSM8K", "humaneval": "HumanEval", "spec": "Spec-Bench"}
-SHARED = ("model", "dtype", "compute_dtype", "device", "template", "max_new_tokens", "memory")
+SHARED = ("model", "dtype", "compute_dtype", "device", "template", "max_new_tokens", "temperature", "seed", "memory")
 """Settings that all cells of a table have in common."""
-MEANS = ("repeated_4gram_share", "layer_passes_per_token", "layer_passes_per_token_formula", "tokens_per_second")
+MEANS = (
+    "repeated_4gram_share",
+    "layer_passes_per_token",
+    "layer_passes_per_token_formula",
+    "layer_bytes_per_token",
+    "tokens_per_second",
+)
 CellKey = tuple[str, str, str]
 """Bench, label and exits."""
 
@@ -102,10 +108,24 @@ def row_of(label: str, exits: str, cells: Sequence[dict[str, Any]]) -> dict[str,
         "mean": _mean_of([summary["accepted_length"] for summary in summaries.values()]),
         "mean_interval": accepted_length_interval([summary["committed_and_passes"] for summary in summaries.values()]),
         **{name: _mean_of([summary[name] for summary in summaries.values()]) for name in MEANS},
-        "extra_bytes": cells[0]["extra_bytes"],
+        "extra_bytes": extra_bytes(cells[0]),
         "identical_to_plain": sum(summary["identical_to_plain"] for summary in known) if known else None,
         "compared_to_plain": sum(summary["questions"] for summary in known),
     }
+
+
+def extra_bytes(cell: dict[str, Any]) -> int:
+    """Bytes that the method holds beside the base; cells of an older tree say those of the adapters, and the method tells its own."""
+    if "held_beside" in cell:
+        return sum(cell["held_beside"].values())
+    return int(cell["extra_bytes"]) + needs_of(method_of(cell["settings"]["method"])).held_bytes
+
+
+def how_chosen(settings: dict[str, Any]) -> str:
+    """How tokens were chosen, in words."""
+    if not settings.get("temperature"):
+        return "Greedy"
+    return f"Sampled at temperature {settings['temperature']:g}, seed {settings['seed']} (a question has one seed for all methods)"
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:
@@ -118,17 +138,22 @@ def markdown(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) ->
     counts = sorted({len(cell["settings"]["question_ids"]) for cell in cells})
     sets = sorted({cell["settings"]["source"].strip("()").partition(";")[0] for cell in cells})
     arithmetic = cells[0]["arithmetic"]
+    heading = f", temperature {settings['temperature']:g}, seed {settings['seed']}" if settings.get("temperature") else ""
     return (
-        f"# Accepted length of {settings['model']['name']}\n\n"
+        f"# Accepted length of {settings['model']['name']}{heading}\n\n"
         "Tokens per pass of the whole model, its own next token included and the prompt's pass left out, so plain decoding has exactly 1. "
-        f"Greedy, at most {settings['max_new_tokens']} tokens an answer; {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} "
+        f"{how_chosen(settings)}, at most {settings['max_new_tokens']} tokens an answer; "
+        f"{' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} "
         f"questions of each bench, evenly spread over it ({', '.join(sets)}). Weights held in {arithmetic['held']}, computed in "
         f"{arithmetic['computed']}. ± is half of the 90 % interval by bootstrap over questions; its bounds stand in the JSON file.\n\n"
         f"{lengths_table(rows)}\n"
         "## What it costs\n\n"
         "Means over the benches. Layer passes: executions of a decoder layer by committed tokens, counted, and by the formula "
-        "n*d + (L - d) a cycle, which leaves corrections out. Extra weights: of the method's adapters, as stored. Repeated 4-grams: the "
-        "share of the text's that occurred before in the same answer; loops make drafting easy.\n\n"
+        "n*d + (L - d) a cycle, which leaves corrections out. Layer bytes: weights of decoder layers read by committed tokens, every "
+        "layer pass counted with the bytes of the form that it ran, streamed or not; head and adapters are left out, as in the paper's "
+        "bytes per token. Extra bytes: all that the method holds beside the base: adapters and heads as stored, a datastore, a copy of "
+        "the layers that was made for it. Repeated 4-grams: the share of the text's that occurred before in the same answer; loops make "
+        "drafting easy.\n\n"
         f"{costs_table(rows)}\n"
         f"Made on {about['cpu']}, {about['threads']} thread(s), one cell after the other, so their seconds are no comparison of methods: "
         "speed is accepted length by the time of a cycle, which is measured apart, methods in turns.\n"
@@ -147,12 +172,13 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def costs_table(rows: Sequence[dict[str, Any]]) -> str:
     """What stands beside the accepted length."""
-    lines = [["method", "exits", "layer passes/token", "by the formula", "extra weights", "repeated 4-grams", "identical to plain"]]
+    figures = ["layer passes/token", "by the formula", "layer bytes/token", "extra bytes", "repeated 4-grams", "identical to plain"]
+    lines = [["method", "exits", *figures]]
     for row in rows:
         passes = [_figure(row[name], "{:.2f}") for name in ("layer_passes_per_token", "layer_passes_per_token_formula")]
-        extra = f"{row['extra_bytes'] / 1e6:.2f} MB" if row["extra_bytes"] else "-"
+        read, extra = (_megabytes(row[name]) for name in ("layer_bytes_per_token", "extra_bytes"))
         identical = "-" if row["identical_to_plain"] is None else f"{row['identical_to_plain']} of {row['compared_to_plain']}"
-        lines.append([row["title"], row["exits"] or "-", *passes, extra, _figure(row["repeated_4gram_share"], "{:.1%}"), identical])
+        lines.append([row["title"], row["exits"] or "-", *passes, read, extra, _figure(row["repeated_4gram_share"], "{:.1%}"), identical])
     return _table(lines)
 
 
@@ -167,6 +193,10 @@ def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
         return _figure(value, "{:.2f}")
     half = (interval[1] - interval[0]) / 2
     return f"{value:.2f} ± {half:.2f}" if half else f"{value:.2f}"
+
+
+def _megabytes(nbytes: float | None) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes else "-"
 
 
 def _figure(value: float | None, form: str) -> str:

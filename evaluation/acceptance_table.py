@@ -2,12 +2,13 @@
 
     python -m evaluation.acceptance_table --questions 20 --max-new-tokens 64 --dtype float32 --output evaluation/results/acceptance.json
     python -m evaluation.acceptance_table --methods cascade_chain cascade_tree:steps=3 --shallow-layer 10 --benches mtbench gsm8k ...
+    python -m evaluation.acceptance_table --temperature 0.7 --methods autoregressive cascade_tree --output evaluation/results/sampled.json
     python -m evaluation.acceptance_table --merge --output evaluation/results/acceptance.json
 
 Without --methods every preset, without --model-path the default model. A cell is one method with its adapters on one bench; its answers
 lie in `<output>.cells/`, so a run that is interrupted goes on where it stopped, and two commands with other --benches, --methods or
 exits may fill one table at once. Every command builds the table from the cells that are complete when it ends; --merge does only
-that. All cells of a table have the same model, dtype, device and memory options, and the same questions of a bench. Greedy only.
+that. All cells of a table have the same model, dtype, device and memory options, temperature and seed, and the same questions of a bench.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class Cell:
     """One method with its adapters on one bench.
 
     Attributes:
-        extra_bytes: weights of the adapters, as stored.
+        adapter_bytes: weights of the adapters, as stored.
     """
 
     bench: str
@@ -52,7 +53,7 @@ class Cell:
     questions: list[Question]
     folder: Path
     settings: dict[str, Any]
-    extra_bytes: int
+    adapter_bytes: int
 
     @property
     def answers(self) -> Path:
@@ -72,7 +73,7 @@ class Cell:
         about = {
             "settings": self.settings,
             "shape": dataclasses.asdict(subject.shape(self.method)),
-            "extra_bytes": self.extra_bytes,
+            "held_beside": {"adapters": self.adapter_bytes, "method": needs_of(self.method).held_bytes, "copy": subject.copy_bytes},
             "arithmetic": subject.arithmetic,
             "caveats": subject.caveats,
             "environment": environment(),
@@ -90,6 +91,8 @@ def make_cells(
 ) -> list[Cell]:
     """Every method on every bench, checked against what lies there already; faults raise `CatsError`."""
     shared = subject_settings(args, model, memory, text) | {"max_new_tokens": args.max_new_tokens}
+    if args.temperature > 0:  # cells of greedy answers say nothing of it
+        shared |= {"temperature": args.temperature, "seed": args.seed or 0}
     shared.get("memory", {}).pop("nodes", None)  # of the largest tree among the command's methods, which need not be the cell's
     sizes = {role: stored_bytes(path) for role, (path, _) in model.adapters.items()}
     cells = []
@@ -110,10 +113,10 @@ def make_cells(
 
 
 def fill(cell: Cell, subject: Subject, config: GenerationConfig, processes: Processes) -> None:
-    """Answer what the cell has no answer to."""
+    """Answer what the cell has no answer to; the seed of a question is the same for every method."""
     contender = Contender(f"{cell.bench} {cell.label}", partial(_answer, subject, cell.method), cell.answers)
     on_start = partial(cell.write_settings, subject)
-    run_eval([contender], cell.questions, Asking(subject.text, config, warm_up=False), processes, on_start=on_start)
+    run_eval([contender], cell.questions, Asking(subject.text, config, seed=config.seed, warm_up=False), processes, on_start=on_start)
 
 
 def _answer(subject: Subject, method: MethodConfig, prompt_ids: list[int], config: GenerationConfig) -> Any:
@@ -123,7 +126,7 @@ def _answer(subject: Subject, method: MethodConfig, prompt_ids: list[int], confi
 def fill_all(args: argparse.Namespace) -> bool:
     """Check everything, load, fill the cells; returns whether this process is the one that builds the table."""
     methods = runnable_presets(base_model(args.model_path)[1], args.coarse) if args.methods is None else parse_presets(args.methods)
-    config = GenerationConfig(max_new_tokens=args.max_new_tokens)
+    config = GenerationConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed or 0)
     model = chosen_model(list(methods.values()), args)
     text, memory = load_text(model.directory, args.template), chosen_memory(methods.values(), args.max_new_tokens, args)
     cells = make_cells(args, methods, model, memory, text)
@@ -160,6 +163,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--benches", nargs="+", choices=(*ALIASES, *BENCHES), default=list(BENCHES), help="default: all")
     parser.add_argument("--questions", type=int, help="so many questions of each bench, evenly spread over it (default: all)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="per answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="from which every question's own seed is derived, with --temperature (default: 0)")
     parser.add_argument("--output", type=Path, required=True, help="result file (.json); cells and the .md table lie beside it")
     parser.add_argument("--merge", action="store_true", help="only build the table from the cells that are there")
     return parser.parse_args(argv)
@@ -169,8 +174,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fill the cells, build the table."""
     args = parse(argv)
-    if args.merge and (args.methods is not None or args.model_path is not None):
-        raise CatsError("--merge only reads the cells that are there, so --methods and --model-path do nothing; leave them out.")
+    if args.merge and (args.methods is not None or args.model_path is not None or args.temperature or args.seed is not None):
+        given = "--methods, --model-path, --temperature and --seed"
+        raise CatsError(f"--merge only reads the cells that are there, so {given} do nothing; leave them out.")
+    if args.seed is not None and not args.temperature:
+        raise CatsError("--seed does nothing for greedy answers; give a --temperature above 0 with it, or leave it out.")
     if args.merge or fill_all(args):
         sys.stdout.write(build_table(args.output))
 

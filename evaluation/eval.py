@@ -35,7 +35,7 @@ MENDABLE = (CatsError, MemoryError, OutOfMemoryError)
 BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 WARM_UP_TOKENS = 32
 Forward = Callable[[list[int], GenerationConfig], Generation]
-STEP_VALUES = ("nodes", "accepted", "committed", "shallow_accepted", "layer_passes", "bytes_streamed")
+STEP_VALUES = ("nodes", "accepted", "committed", "shallow_accepted", "layer_passes", "coarse_layer_passes", "bytes_streamed")
 
 
 class Dialogue(Protocol):

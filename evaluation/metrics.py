@@ -22,12 +22,14 @@ class ModelShape:
         draft_exit: layers d that a drafting pass runs; 0 for methods that draft without the model.
         draft_passes: drafting passes n in a full cycle.
         bytes_per_layer: weights of one decoder layer in the run's dtype.
+        bytes_per_coarse_layer: of its coarse form, on average over the layers; 0 where there is none.
     """
 
     layers: int
     draft_exit: int
     draft_passes: int
     bytes_per_layer: int
+    bytes_per_coarse_layer: int = 0
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
@@ -148,6 +150,18 @@ def layer_passes_per_token(records: Iterable[Record]) -> float | None:
     return ratio(sum(per_step(records, "layer_passes")), sum(per_step(records, "committed")))
 
 
+def layer_bytes_per_token(records: Iterable[Record], shape: ModelShape) -> float | None:
+    """Weight bytes of decoder layers that passes read, streamed or not, by committed tokens; prefill, head and adapters left out.
+
+    Every layer pass counts with the bytes of the form that ran. Records of an older tree do not say which were coarse; they count as exact.
+    """
+    turns = list(steps_of_turns(records))
+    coarse = sum(sum(steps.get("coarse_layer_passes", ())) for steps in turns)
+    exact = sum(sum(steps["layer_passes"]) for steps in turns) - coarse
+    read = exact * shape.bytes_per_layer + coarse * shape.bytes_per_coarse_layer
+    return ratio(read, sum(sum(steps["committed"]) for steps in turns))
+
+
 def bytes_streamed_per_token(records: Iterable[Record]) -> float | None:
     """Weight bytes taken from the stream, counted, by committed tokens; prefill excluded; 0 where all weights were resident.
 
@@ -222,6 +236,7 @@ def summarise(records: Iterable[Record], shape: ModelShape) -> dict[str, Any]:
         "tokens_per_second": tokens_per_second(records),
         "layer_passes_per_token": layer_passes_per_token(records),
         "layer_passes_per_token_formula": ratio(formula_layer_passes(shape), length or 0),
+        "layer_bytes_per_token": layer_bytes_per_token(records, shape),
         "bytes_streamed_per_token": bytes_streamed_per_token(records),
         "paper_bytes_per_token": paper_bytes_per_token(shape, length),
         "repeated_4gram_share": repeated_ngram_share(turn_values(records, "ids")),

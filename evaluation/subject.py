@@ -29,6 +29,7 @@ from cats.adapter import read_adapter_config
 from cats.checkpoint import tensor_forms, weight_files
 from cats.dtypes import HALVES, NEAR_TIES
 from cats.methods import needs_of
+from cats.planning.plan import COARSE, EXACT, MemoryPlan, ModelSizes, View
 from cats.trace import StepTrace
 from evaluation.chosen_model import ChosenModel
 from evaluation.metrics import ModelShape
@@ -81,6 +82,35 @@ class Subject:
         base = self.model.base
         return {"held": str(base.held_dtype).removeprefix("torch."), "computed": str(base.dtype).removeprefix("torch.")}
 
+    @property
+    def _plan(self) -> MemoryPlan:
+        return self.model.base.source.plan
+
+    @property
+    def _sizes(self) -> ModelSizes:
+        """Of the loaded model's weights."""
+        sizes = self._plan.sizes
+        assert sizes is not None  # every load plans
+        return sizes
+
+    @property
+    def has_coarse(self) -> bool:
+        """Whether the layers have a coarse form."""
+        return any(COARSE.needs(piece) for piece in self._sizes.pieces)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes held of parts that the exact model does not need: a copy of the layers that was made to draft with."""
+        return sum(piece.held for piece in self._plan.pinned if not EXACT.needs(piece))
+
+    def _layer_bytes(self, view: View) -> int:
+        """Bytes of a layer that a pass of the view reads, on average; where exact parts stand for coarse ones, theirs."""
+        plan, sizes = self._plan, self._sizes
+        used = [piece for piece in sizes.pieces if view.needs(piece) and (view == EXACT or piece in plan.pinned)]
+        found = {(piece.layer, piece.matrix) for piece in used}
+        used += [piece for piece in sizes.pieces if EXACT.needs(piece) and (piece.layer, piece.matrix) not in found]
+        return sizes.other_layer_bytes + sum(piece.held for piece in used) // sizes.layers
+
     def shape(self, method: MethodConfig) -> ModelShape:
         """What the cost formulas of metrics.py need to know for this method."""
         base = self.model.base
@@ -89,7 +119,8 @@ class Subject:
             layers=base.layer_count,
             draft_exit=int(self.model.adapters["draft"].exit_layer or 0) if drafts else 0,
             draft_passes=method.draft_passes if drafts else 0,
-            bytes_per_layer=sum(weight.numel() * weight.element_size() for weight in base.layers[0].parameters()),
+            bytes_per_layer=self._layer_bytes(EXACT),
+            bytes_per_coarse_layer=self._layer_bytes(COARSE) if self.has_coarse else 0,
         )
 
 

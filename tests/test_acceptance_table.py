@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from cats.adapter import AdapterModel
+from cats.datastore import Datastore
 from evaluation import acceptance_table
-from evaluation.record_file import read_records
+from evaluation.record_file import read_records, rewrite_records
 from evaluation.subject import stored_bytes
+from tests.datastores import store_of
 from tests.tiny_models import TinyModel
 
 
@@ -57,10 +59,86 @@ def test_other_exits_are_rows_of_the_same_table(tmp_path: Path, speaking: TinyMo
         adapter.exit_layer = adapter.config.exit_layer = exit_layer
         adapter.save_pretrained(adapters / f"exit{exit_layer}")
     common = ["--model-path", str(speaking.base), "--adapters", str(adapters), "--device", "cpu", "--questions", "1"]
-    common += ["--benches", "mtbench", "--methods", "cascade_chain", "--max-new-tokens", "4", "--draft-layer", "1", "--output", str(output)]
-    acceptance_table.main([*common, "--shallow-layer", "3"])
-    acceptance_table.main([*common, "--shallow-layer", "2"])
-    assert [row["exits"] for row in json.loads(output.read_text())["rows"]] == ["1/2", "1/3"]
+    common += ["--benches", "mtbench", "--methods", "cascade_chain", "--max-new-tokens", "4", "--output", str(output)]
+    for draft, shallow in (("1", "3"), ("1", "2"), ("2", "3")):
+        acceptance_table.main([*common, "--draft-layer", draft, "--shallow-layer", shallow])
+    assert [row["exits"] for row in json.loads(output.read_text())["rows"]] == ["1/2", "1/3", "2/3"]
+
+
+def test_sampled_answers_are_the_same_by_every_method_and_never_meet_greedy_ones(
+    tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "table.json"
+    fill(speaking, output, "--benches", "mtbench", "--temperature", "0.7", "--seed", "3")
+    cells = json.loads(output.read_text())["cells"]
+    assert [(cell["settings"]["temperature"], cell["settings"]["seed"]) for cell in cells] == [(0.7, 3)] * 3
+    assert [cell["summary"]["identical_to_plain"] for cell in cells] == [2, 2, 2]
+    shown = output.with_suffix(".md").read_text()
+    assert shown.splitlines()[0].endswith(", temperature 0.7, seed 3")
+    assert "Sampled at temperature 0.7, seed 3" in shown
+    assert "Greedy" not in shown
+    sampled = read_records(tmp_path / "table.cells" / "mtbench.autoregressive.jsonl")
+    fill(speaking, tmp_path / "other.json", "--benches", "mtbench", "--temperature", "0.7", "--seed", "4")
+    other = read_records(tmp_path / "other.cells" / "mtbench.autoregressive.jsonl")
+    assert [record["choices"][0]["ids"] for record in sampled] != [record["choices"][0]["ids"] for record in other]
+    capsys.readouterr()
+    for flags, said in (
+        (["mtbench"], "temperature 0.7, now it is None"),
+        (["alpacaeval"], "the cell of autoregressive on alpacaeval does not fit in"),
+        (["mtbench", "--seed", "3"], "--seed does nothing for greedy answers"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            fill(speaking, output, "--benches", *flags)
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_cells_of_an_older_tree_stay_usable(tmp_path: Path, speaking: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
+    output, store = tmp_path / "table.json", store_of(speaking_vocabulary(speaking))
+    fill(speaking, output, "--benches", "mtbench", "--methods", "autoregressive", "cascade_chain", f"rest:datastore={store}")
+    rows = json.loads(output.read_text())["rows"]
+    adapters = sum(stored_bytes(path) for path in (speaking.draft, speaking.shallow))
+    assert [row["extra_bytes"] for row in rows] == [0, adapters, Datastore.open(store).nbytes]
+    for path in (tmp_path / "table.cells").glob("*.settings.json"):
+        about = json.loads(path.read_text())
+        about["extra_bytes"] = about.pop("held_beside")["adapters"]
+        del about["shape"]["bytes_per_coarse_layer"]
+        assert "temperature" not in about["settings"]
+        path.write_text(json.dumps(about))
+        answers = path.with_name(path.name.replace(".settings.json", ".jsonl"))
+        records = read_records(answers)
+        for turn in (turn for record in records for turn in record["choices"][0]["steps"]):
+            del turn["coarse_layer_passes"]
+        rewrite_records(answers, records)
+    fill(speaking, output, "--benches", "mtbench", "--methods", "autoregressive", "cascade_chain")
+    assert json.loads(output.read_text())["rows"] == rows
+    capsys.readouterr()
+
+
+def speaking_vocabulary(speaking: TinyModel) -> int:
+    return int(json.loads((speaking.base / "config.json").read_text())["vocab_size"])
+
+
+def test_every_layer_pass_counts_with_the_bytes_of_the_form_that_ran(tmp_path: Path, speaking: TinyModel) -> None:
+    output = tmp_path / "table.json"
+    common = ["--model-path", str(speaking.base), "--device", "cpu", "--dtype", "float32", "--questions", "1", "--max-new-tokens", "8"]
+    methods = ["--methods", "autoregressive", "nested:steps=3", "--benches", "mtbench"]
+    budget = ["--coarse", "int8", "--no-pinning"]
+    acceptance_table.main([*common, *methods, *budget, "--output", str(output)])
+    cells = {cell["settings"]["label"]: cell for cell in json.loads(output.read_text())["cells"]}
+    plain, nested = cells["autoregressive"], cells["nested:steps=3"]
+    exact, coarse = (nested["shape"][name] for name in ("bytes_per_layer", "bytes_per_coarse_layer"))
+    layers = nested["shape"]["layers"]
+    assert plain["summary"]["layer_bytes_per_token"] == layers * exact
+    assert exact / 4 < coarse < exact / 2
+    assert nested["held_beside"]["copy"] == pytest.approx(layers * coarse, rel=0.1)
+    answers = read_records(tmp_path / "table.cells" / "mtbench.nested+steps=3.jsonl")
+    turns = [turn for record in answers for turn in record["choices"][0]["steps"]]
+    passes, coarse_passes = (sum(sum(turn[name]) for turn in turns) for name in ("layer_passes", "coarse_layer_passes"))
+    assert passes - coarse_passes == layers * nested["summary"]["steps"]
+    committed = sum(sum(turn["committed"]) for turn in turns)
+    read = ((passes - coarse_passes) * exact + coarse_passes * coarse) / committed
+    assert nested["summary"]["layer_bytes_per_token"] == pytest.approx(read)
 
 
 def test_an_incomplete_cell_stays_out_until_it_is_filled(tmp_path: Path, speaking: TinyModel) -> None:
