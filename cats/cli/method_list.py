@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cats.methods import CLASSES, Method
-from cats.planning.plan import View, amount
+from cats.planning.plan import amount
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -47,16 +47,8 @@ def first_line(cls: type[Method]) -> str:
 
 
 def needed(cls: type[Method]) -> str:
-    """Adapters, views and weights of its own."""
-    needs = cls.needs(cls.Config())
-    parts = [f"{name} adapter" for name in needs.adapters] + [view_name(view) for view in needs.views]
-    return ", ".join(parts + (["weights of its own"] if needs.held_bytes else [])) or "nothing"
-
-
-def view_name(view: View) -> str:
-    """A view of the model, in words."""
-    skipped = len(view.attention) + len(view.mlp)
-    return f"{view.precision} weights" + (f" without {skipped} sublayers" if skipped else "")
+    """Adapters, views and things of its own, as the class says."""
+    return ", ".join(cls.needs(cls.Config()).words) or "nothing"
 
 
 def held_by(cls: type[Method], adapters: Mapping[str, Path]) -> str:
@@ -65,6 +57,8 @@ def held_by(cls: type[Method], adapters: Mapping[str, Path]) -> str:
     sizes = [stored(adapters.get(name)) for name in needs.adapters]
     if None in sizes:
         return "its adapters"
+    if needs.own and not needs.held_bytes:
+        return f"its {' and '.join(name.removeprefix('a ') for name in needs.own)}"
     nbytes = needs.held_bytes + sum(size or 0 for size in sizes)
     return amount(nbytes) if nbytes else "nothing"
 

@@ -13,7 +13,7 @@ import torch
 from cats.acceptance import Verdict
 from cats.config import MethodConfig, require
 from cats.errors import ContractError
-from cats.planning.plan import View
+from cats.planning.plan import EXACT_PRECISION, View
 
 if TYPE_CHECKING:  # what flags need loads no transformers
     from transformers import PretrainedConfig
@@ -46,11 +46,26 @@ class Needs:
         adapters: by name.
         views: of the model that it drafts with; under a budget, what they multiply by is resident.
         held_bytes: of what its `open` will hold; a budget grants them.
+        own: what it reads beside the model and its adapters, in words ("a datastore"), given or not.
     """
 
     adapters: tuple[str, ...] = ()
     views: tuple[View, ...] = ()
     held_bytes: int = 0
+    own: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Everything, one by one."""
+        own = self.own or (("weights of its own",) if self.held_bytes else ())
+        return (*(f"{name} adapter" for name in self.adapters), *(view_name(view) for view in self.views), *own)
+
+
+def view_name(view: View) -> str:
+    """A view of the model, in words."""
+    skipped = len(view.attention) + len(view.mlp)
+    form = "" if view.precision == EXACT_PRECISION else f"a {view.precision} form of the "
+    return f"{form}weights" + (f" without {skipped} sublayers" if skipped else "")
 
 
 class Method(ABC):

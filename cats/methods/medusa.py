@@ -84,7 +84,7 @@ class Medusa(Method):
         """The heads' bytes; none where there are no heads, which `open` says."""
         from cats.medusa_heads import stored_bytes  # which loads more than flags should wait for
 
-        return Needs(held_bytes=stored_bytes(config.directory) if config.directory else 0)
+        return Needs(held_bytes=stored_bytes(config.directory) if config.directory else 0, own=("heads",))
 
     @classmethod
     def lacks(cls, config: MedusaConfig, base: "PretrainedConfig", coarse: str | None = None) -> str | None:

@@ -64,7 +64,7 @@ class Rest(Method):
     @classmethod
     def needs(cls, config: RestConfig) -> Needs:
         """See `Method`: the datastore, as large as its file."""
-        return Needs(held_bytes=0 if config.datastore is None else Datastore.open(config.datastore).nbytes)
+        return Needs(held_bytes=0 if config.datastore is None else Datastore.open(config.datastore).nbytes, own=("a datastore",))
 
     @classmethod
     def lacks(cls, config: RestConfig, base: "PretrainedConfig", coarse: str | None = None) -> str | None:
