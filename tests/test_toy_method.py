@@ -174,7 +174,8 @@ def test_every_method_is_listed_in_a_line(capsys: pytest.CaptureFixture[str], st
     for part in ("weights of its own", "384 bytes", "lossless", "A toy: the token that most often follows"):
         assert part in lines["successor"]
     assert "draft adapter, shallow adapter" in lines["cascade"]
-    for name, needed in (("rest", "a datastore "), ("medusa", "heads "), ("nested", "a coarse form of the weights "), ("lookahead", "nothing ")):
+    expected = {"rest": "a datastore ", "medusa": "heads ", "nested": "a coarse form of the weights ", "lookahead": "nothing "}
+    for name, needed in expected.items():
         assert lines[name].split(maxsplit=1)[1].startswith(needed), lines[name]
     assert "its datastore" in lines["rest"]
 
