@@ -1,12 +1,13 @@
-"""Replayed acceptance: a cascade that does all its work, on any weights, and accepts what a schedule says.
+"""Replayed acceptance: a cascade, or a chain of nested weights, that does all its work, on any weights, and accepts what a schedule says.
 
 Speed and memory do not depend on what the weights know, except through two things: how many drafted tokens the target accepts, and how
-many corrections the shallow verifier adds. A `Schedule` fixes both, cycle by cycle: from a recorded run, or from a stated mean. With it a
-model of random weights costs what a trained one of its shapes costs. Such a run writes no text, and every figure made this way says
-"replayed acceptance".
+many corrections the shallow verifier adds (a chain of nested weights has none). A `Schedule` fixes both, cycle by cycle: from a recorded
+run, or from a stated mean. With it a model of random weights costs what a trained one of its shapes costs. Such a run writes no text, and
+every figure made this way says "replayed acceptance".
 
     schedule = Schedule.with_mean(3.05, CascadeConfig(), corrections=2.7, cycles=100)
-    stream(model, ids, ReplayedCascade(config, schedule), generation_config, acceptance=ReplayedAcceptance(schedule))
+    schedule = Schedule.with_mean(11, NestedConfig(adaptive=False), cycles=100)
+    stream(model, ids, replayed(config, schedule, model), generation_config, acceptance=ReplayedAcceptance(schedule))
 """
 
 import math
@@ -17,9 +18,12 @@ from typing import Any
 
 import torch
 
-from cats import CascadeConfig, CatsError
+from cats import CascadeConfig, CatsError, CatsModel, MethodConfig, NestedConfig, build_method
 from cats.acceptance import Verdict
+from cats.config import require
+from cats.methods.base import Method
 from cats.methods.cascade import Cascade
+from cats.methods.nested import Nested
 from cats.state import Cycle, DecodeState
 from cats.tree import TokenTree
 
@@ -71,23 +75,30 @@ class Schedule:
         return 1 + sum(cycle.accepted for cycle in self.cycles) / len(self.cycles)
 
     @classmethod
-    def with_mean(cls, length: float, config: CascadeConfig, corrections: float, cycles: int, seed: int = 0) -> "Schedule":
+    def with_mean(
+        cls, length: float, config: CascadeConfig | NestedConfig, corrections: float | None = None, *, cycles: int, seed: int = 0
+    ) -> "Schedule":
         """A fixed, seeded sequence with accepted length `length`; its running total never strays more than two tokens from that mean.
 
         Args:
-            length: accepted length; 1 accepts nothing, steps + 2 accepts the whole trunk and the verifier's free token.
-            corrections: mean corrections a cycle, the free token included (at least 1, at most steps + 1).
+            length: accepted length; 1 accepts nothing, steps + 1 accepts the whole trunk, steps + 2 a cascade's free token as well.
+            corrections: of a cascade: mean corrections a cycle, the free token included (at least 1, at most steps + 1).
         """
         check_replayable(config)
-        longest = config.steps + 2
+        corrects = isinstance(config, CascadeConfig)
+        longest = config.steps + (2 if corrects else 1)
         if not 1 <= length <= longest:
             raise CatsError(f"the replayed acceptance is {length}; with {config.steps} steps it lies between 1 and {longest}.")
+        if (corrections is not None) != corrects:
+            raise CatsError("a cascade is replayed with a number of corrections, and a chain of nested weights without one.")
+        drawn = random.Random(seed)
+        counts = diffused(length, 1, longest, cycles, drawn)
+        if corrections is None:
+            return cls([ReplayedCycle(committed - 1, frozenset()) for committed in counts])
         if not 1 <= corrections <= config.steps + 1:
             raise CatsError(
                 f"the replayed corrections are {corrections}; with {config.steps} steps they lie between 1 and {config.steps + 1}."
             )
-        drawn = random.Random(seed)
-        counts = diffused(length, 1, longest, cycles, drawn)
         corrected = diffused(corrections, 1, config.steps + 1, cycles, drawn)
         return cls([_drawn_cycle(committed - 1, count, config.steps, drawn) for committed, count in zip(counts, corrected, strict=True)])
 
@@ -111,10 +122,22 @@ class Schedule:
         return cls(cycles)
 
 
-def check_replayable(config: CascadeConfig) -> None:
+def check_replayable(config: CascadeConfig | NestedConfig) -> None:
     """Settings whose work depends on what the weights know cannot be replayed."""
-    if config.threshold > 0 or config.sv_passes > 1:
+    if isinstance(config, NestedConfig):
+        fixed = not config.adaptive and config.draft == "coarse" and not config.siblings
+        require(fixed, "a replayed chain of nested weights is not adaptive, and the coarse form alone drafts it: else it follows the text.")
+    elif config.threshold > 0 or config.sv_passes > 1:
         raise CatsError("a replayed cascade has threshold 0 and sv-passes 1: with others its work depends on what the weights know.")
+
+
+def replayed(config: MethodConfig, schedule: Schedule, model: CatsModel) -> Method:
+    """The method that does the work of `config` on `model`, to be judged by `ReplayedAcceptance(schedule)`."""
+    if isinstance(config, NestedConfig):
+        return ReplayedNested(config, schedule, model)
+    if isinstance(config, CascadeConfig):
+        return ReplayedCascade(config, schedule)
+    raise CatsError(f"{config.name} cannot be replayed; only cascade and nested can.")
 
 
 def diffused(mean: float, least: int, most: int, count: int, drawn: random.Random) -> list[int]:
@@ -154,6 +177,7 @@ class ReplayedCascade(Cascade):
 
     def start(self, state: DecodeState) -> None:
         """See `Method`."""
+        super().start(state)
         self.schedule.restart()
 
     def propose(self, cycle: Cycle) -> Sequence[int]:
@@ -172,6 +196,27 @@ class ReplayedCascade(Cascade):
             differing[place] = token
         self._note(cycle, trunk, len(said), differing)
         return differing
+
+
+class ReplayedNested(Nested):
+    """A chain of the coarse form, all of it computed."""
+
+    config: NestedConfig
+
+    def __init__(self, config: NestedConfig, schedule: Schedule, model: CatsModel):
+        check_replayable(config)
+        super().__init__(config, build_method(config, model).held)
+        self.schedule = schedule
+
+    def start(self, state: DecodeState) -> None:
+        """See `Method`."""
+        super().start(state)
+        self.schedule.restart()
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        """See `Method`."""
+        self.schedule.advance()
+        return super().propose(cycle)
 
 
 class ReplayedAcceptance:

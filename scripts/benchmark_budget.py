@@ -1,12 +1,15 @@
-"""Tokens per second of one model under one memory budget: ours (plain, CATS), accelerate's disk offload and mapped files, in turns.
+"""Tokens per second of one model under one memory budget: ours (plain, CATS, nested), accelerate's disk offload, mapped files, in turns.
 
     python -m scripts.benchmark_budget --model-path M --draft-adapter-path D --shallow-adapter-path S --memory-budget 8GB \
         --replayed-acceptance 3.05 --repeats 3 --output evaluation/results/seven_billion.json
+    ... --nested-model-path N --nested-steps 20 --nested-acceptance 11     and the chain of nested weights made of the same checkpoint
 
 Every run is a fresh process in a memory control group of the budget's size (which counts the page cache), on shards that the page
 cache has forgotten. With --flash-bandwidth the kernel holds every engine's reads to that rate. With --replayed-acceptance the adapters
-may be random (see evaluation/replay.py); all figures so made carry "replayed acceptance". Finished runs lie in `<output>.runs.jsonl`:
-the same command goes on where it stopped, and tries failed runs again.
+may be random, with --nested-acceptance the weights (see evaluation/replay.py); all figures so made carry "replayed acceptance". The
+bound of a pass is what the wire needs for the bytes that the engine read, and memory for the weights that drafting multiplies by: both
+rates are measured right behind each run, when nothing else runs. Finished runs lie in `<output>.runs.jsonl`: the same command goes on
+where it stopped, and tries failed runs again.
 """
 
 import argparse
@@ -14,9 +17,12 @@ import dataclasses
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cats.checkpoint import DTYPES, weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
@@ -24,7 +30,7 @@ from cats.cli.progress import live_bar
 from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.planning.plan import parse_amount
-from cats.runtime.link import rate_text
+from cats.runtime.link import measure_read_rate, rate_text
 from evaluation.record_file import append_record, check_settings, read_records, write_json
 from evaluation.subject import weights_fingerprint
 from evaluation.timing import environment
@@ -34,20 +40,43 @@ from scripts.memory_run import forget, python_command, run_limited
 TITLES = {
     "plain": "ours, plain decoding",
     "cats": "ours, CATS",
+    "nested": "ours, nested",
     "accelerate": "accelerate, disk offload",
     "mmap": "transformers, mapped files",
 }
 REFERENCE = "plain"
 COLUMNS = (
-    *("engine", "tokens/s, median (range)", "against our plain", "tokens/pass", "GB read/token", "peak GB", "arithmetic"),
-    *("draft + shallow + target, s a pass", "of it waiting"),
+    *("engine", "tokens/s, median (range)", "against our plain", "tokens/pass", "GB read/token", "peak GB", "group's peak GB"),
+    *("arithmetic", "draft + shallow + target, s a pass", "of it waiting", "bound, s a pass", "by its bound"),
 )
+MEASURED_BYTES = 256 << 20
+"""Of memory, read to find its rate; more than any cache holds."""
 SOME_LIMIT = 2**62
 
 
-def title(engine: str, replayed: float | None) -> str:
-    """An engine's name in tables; replayed acceptance is part of it."""
-    return f"{TITLES[engine]}, replayed acceptance {replayed:g}" if engine == "cats" and replayed is not None else TITLES[engine]
+def title(engine: str, replayed: dict[str, float | None]) -> str:
+    """An engine's name in tables; the replayed acceptance of those that have one is part of it."""
+    mean = replayed.get(engine)
+    return TITLES[engine] if mean is None else f"{TITLES[engine]}, replayed acceptance {mean:g}"
+
+
+def memory_rate(threads: int) -> float:
+    """Bytes per second that so many threads read from memory, at best."""
+    before, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    numbers = torch.ones(MEASURED_BYTES // 4)
+    for _ in range(5):
+        begin = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - begin)
+    torch.set_num_threads(before)
+    return MEASURED_BYTES / min(seconds)
+
+
+def bound_seconds(run: dict[str, Any]) -> float:
+    """What a pass needs at least: the wire for what was read, and memory for the weights that drafting multiplies by."""
+    front = run["notes"].get("front_bytes_per_pass", 0)
+    return float(run["disk_bytes_per_step"] / run["wire_bytes_per_s"] + front / run["memory_bytes_per_s"])
 
 
 def in_turns(engines: Sequence[str], repeats: int) -> list[tuple[int, str]]:
@@ -71,10 +100,14 @@ def one_run(request: Request, read_rate: float | None, limited: bool, timeout: f
             timeout,
         )
         result = json.loads(answer.read_text()) if answer.exists() else {"failed": outcome.failure or "it ended without a result"}
-    return {**result, "group_peak_bytes": outcome.group_peak_bytes}
+    disk = measure_read_rate(shards[0])
+    rates = {"wire_bytes_per_s": disk if read_rate is None else min(disk, read_rate), "memory_bytes_per_s": memory_rate(request.threads)}
+    return {**result, **rates, "group_peak_bytes": outcome.group_peak_bytes}
 
 
-def summarise(records: Sequence[dict[str, Any]], engines: Sequence[str], replayed: float | None) -> list[dict[str, Any]]:
+def summarise(
+    records: Sequence[dict[str, Any]], engines: Sequence[str], replayed: dict[str, float | None]
+) -> list[dict[str, Any]]:
     """One row per engine: medians over its runs, and the median of the quotients of runs of the same repeat."""
     rows = []
     speeds = {(r["engine"], r["repeat"]): r["tokens_per_s"] for r in records if "failed" not in r}
@@ -88,6 +121,11 @@ def summarise(records: Sequence[dict[str, Any]], engines: Sequence[str], replaye
             row |= {name: statistics.median(record[name] for record in good) for name in names}
             row |= {"slowest": min(rates), "fastest": max(rates), "arithmetic": good[0]["notes"]["arithmetic"]}
             row |= {name: max(record[name] for record in good) for name in ("peak_bytes", "load_peak_bytes")}
+            row["group_peak_bytes"] = max((record["group_peak_bytes"] for record in good if record["group_peak_bytes"]), default=None)
+            bounds = [bound_seconds(record) for record in good]
+            row["bound_seconds"] = statistics.median(bounds)
+            row["by_bound"] = statistics.median(run["seconds_per_step"] / bound for run, bound in zip(good, bounds, strict=True))
+            row |= {name: statistics.median(record[name] for record in good) for name in ("wire_bytes_per_s", "memory_bytes_per_s")}
             pairs = [speeds[engine, r["repeat"]] / speeds[REFERENCE, r["repeat"]] for r in good if (REFERENCE, r["repeat"]) in speeds]
             row["against_plain"] = statistics.median(pairs) if pairs else None
             staged = [record["stage_seconds_per_step"] for record in good if record["stage_seconds_per_step"]]
@@ -117,11 +155,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['accepted_length']:.2f}",
             f"{row['disk_bytes_per_token'] / 1e9:.3f}",
             f"{row['peak_bytes'] / 1e9:.3f}",
+            "-" if row["group_peak_bytes"] is None else f"{row['group_peak_bytes'] / 1e9:.3f}",
             row["arithmetic"],
             " + ".join(f"{stages.get(name, 0.0):.3f}" for name in ("draft", "shallow", "target"))
             if stages
             else f"{row['seconds_per_step']:.3f}",
             f"{stages['stream_wait']:.3f}" if stages else "-",
+            f"{row['bound_seconds']:.3f}",
+            f"{row['by_bound']:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -142,16 +183,19 @@ def report(args: argparse.Namespace, request: Request, rows: Sequence[dict[str, 
     enforced = "held by a memory control group, page cache included" if not args.no_limit else "NOT enforced from outside (--no-limit)"
     rate = rate_of(args)
     flash = "the disk as it is" if rate is None else f"emulated {rate_text(rate)} for every engine, by the kernel"
-    replay = ""
-    if request.replayed_acceptance is not None:
-        replay = (
-            f"\nCATS runs with replayed acceptance: {request.replayed_acceptance:g} tokens a pass and {request.replayed_corrections:g} "
-            "corrections a pass are taken from a schedule, all work is done. It says nothing of what the adapters would accept.\n"
-        )
+    replay = "".join(
+        f"\n{TITLES[engine][6:]} runs with replayed acceptance: {mean:g} tokens a pass"
+        + (f" and {args.replayed_corrections:g} corrections a pass are taken" if engine == "cats" else " are taken")
+        + " from a schedule, all work is done. It says nothing of what the draft would accept.\n"
+        for engine, mean in replayed_means(args).items()
+        if mean is not None and engine in args.engines
+    )
     return (
         f"# {Path(request.model).resolve().name} under {budget}\n\n{enforced[0].upper()}{enforced[1:]}; {flash}; {args.repeats} runs of "
         f"each engine in turns, fresh processes, {request.tokens} tokens or more behind a prompt of {request.prompt_tokens} and a warm-up "
-        f"step; {request.threads} thread(s), {about['cpu']}. Peak: resident memory of the process, mapped files included.\n"
+        f"step; {request.threads} thread(s), {about['cpu']}. Peak: resident memory of the process, mapped files included; the group's: "
+        "the kernel's figure, from outside. Bound: bytes read at the wire's rate, and what drafting multiplies by at memory's, both "
+        "measured.\n"
         f"{replay}\n{table(rows)}"
     )
 
@@ -162,14 +206,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="checkpoint directory with safetensors")
     parser.add_argument("--draft-adapter-path", help="for CATS")
     parser.add_argument("--shallow-adapter-path", help="for CATS")
-    parser.add_argument("--engines", nargs="+", choices=tuple(ENGINES), default=list(ENGINES), help="default: all")
+    parser.add_argument("--nested-model-path", help="nested checkpoint made of the same weights, for nested")
+    parser.add_argument("--engines", nargs="+", choices=tuple(ENGINES), help="default: all; nested where --nested-model-path is given")
     parser.add_argument("--memory-budget", required=True, help="of the whole process, like 8GB")
     parser.add_argument("--flash-bandwidth", help="emulate a slower flash, like 2GB/s (default: the disk as it is)")
     parser.add_argument("--no-limit", action="store_true", help="do not enforce the budget from outside (control groups need root)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each engine (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that one run may take (default: %(default)s)")
     parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="auto", help="that our weights are held in (default: as stored)")
-    parser.add_argument("--replayed-acceptance", type=float, metavar="A", help="tokens a pass by schedule; for random adapters")
+    arithmetic = "of our arithmetic and caches (default: float32)"
+    parser.add_argument("--compute-dtype", choices=(*DTYPES, "auto"), default="auto", help=arithmetic)
+    parser.add_argument("--positions", type=int, help="that our caches are made for (default: what a run needs)")
+    parser.add_argument("--replayed-acceptance", type=float, metavar="A", help="tokens a pass of CATS by schedule; for random adapters")
+    parser.add_argument("--nested-acceptance", type=float, metavar="A", help="tokens a pass of nested by schedule; for random weights")
     parser.add_argument(
         "--replayed-corrections",
         type=float,
@@ -183,38 +232,68 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("threads", 1, "CPU threads"),
         ("ring-buffers", 3, "size of our ring in largest matrices"),
         ("steps", 5, "drafted tokens of CATS"),
+        ("nested-steps", 20, "drafted tokens of nested"),
         ("tree-topk", 1, "candidates per drafted token; 1 is a chain"),
         ("total-tokens", -1, "nodes of the tree, -1 automatic"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="result file (.json); a .md table lies beside it")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.engines = args.engines or [engine for engine in ENGINES if engine != "nested" or args.nested_model_path is not None]
+    return args
+
+
+def replayed_means(args: argparse.Namespace) -> dict[str, float | None]:
+    """Tokens a pass that a schedule decides, by engine."""
+    return {"cats": args.replayed_acceptance, "nested": args.nested_acceptance}
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse counts below 1 and missing adapters before anything runs."""
-    for name in ("repeats", "tokens", "prompt_tokens", "threads", "ring_buffers", "steps", "tree_topk"):
+    for name in ("repeats", "tokens", "prompt_tokens", "threads", "ring_buffers", "steps", "nested_steps", "tree_topk"):
         if getattr(args, name) < 1:
             raise CatsError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
     if "cats" in args.engines and None in (args.draft_adapter_path, args.shallow_adapter_path):
         raise CatsError("CATS needs --draft-adapter-path and --shallow-adapter-path; give them, or choose --engines without cats.")
+    given = args.nested_model_path is not None
+    if ("nested" in args.engines) != given:
+        raise CatsError("the engine nested and --nested-model-path belong together; give both or neither.")
+    if args.nested_acceptance is not None and not given:
+        raise CatsError("--nested-acceptance is about the engine nested; give --nested-model-path with it.")
 
 
 def request_of(args: argparse.Namespace, engine: str) -> Request:
     """The run of one engine."""
-    adapters = (args.draft_adapter_path, args.shallow_adapter_path)
+    adapters, nested = (args.draft_adapter_path, args.shallow_adapter_path), engine == "nested"
+    names = ("dtype", "compute_dtype", "tokens", "prompt_tokens", "positions", "threads", "ring_buffers", "tree_topk", "total_tokens")
     return Request(
         engine=engine,
-        model=args.model_path,
-        adapters=None if None in adapters else adapters,
+        model=args.nested_model_path if nested else args.model_path,
+        adapters=None if nested or None in adapters else adapters,
         budget_bytes=parse_amount(args.memory_budget, "--memory-budget"),
-        **{
-            name: getattr(args, name)
-            for name in ("dtype", "tokens", "prompt_tokens", "threads", "ring_buffers", "steps", "tree_topk", "total_tokens")
-        },
-        replayed_acceptance=args.replayed_acceptance,
+        **{name: getattr(args, name) for name in names},
+        steps=args.nested_steps if nested else args.steps,
+        replayed_acceptance=replayed_means(args).get(engine),
         replayed_corrections=args.replayed_corrections,
     )
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that decides a figure; a resumed run must have the same."""
+    request = request_of(args, "cats")
+    settings = {
+        **dataclasses.asdict(request),
+        "model": weights_fingerprint(args.model_path),
+        "limited": not args.no_limit,
+        "adapters": [weights_fingerprint(path) for path in request.adapters or ()],
+        "read_rate": rate_of(args),
+        "rates": "measured behind each run",
+    }
+    del settings["engine"]
+    if args.nested_model_path is not None:
+        nested = {"model": weights_fingerprint(args.nested_model_path), "steps": args.nested_steps}
+        settings["nested"] = nested | {"replayed_acceptance": args.nested_acceptance}
+    return settings
 
 
 @exit_with_sentence
@@ -222,25 +301,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fill in what is missing, write the table."""
     args = parse(argv)
     check_flags(args)
-    request, rate = request_of(args, REFERENCE), rate_of(args)
+    request, rate, replayed = request_of(args, REFERENCE), rate_of(args), replayed_means(args)
     runs, settings_file = args.output.with_suffix(".runs.jsonl"), args.output.with_suffix(".settings.json")
-    settings = {
-        **dataclasses.asdict(request),
-        "model": weights_fingerprint(args.model_path),
-        "limited": not args.no_limit,
-        "adapters": [weights_fingerprint(path) for path in request.adapters or ()],
-        "read_rate": rate,
-    }
-    del settings["engine"]
+    settings = settings_of(args)
     check_settings(settings_file, settings, runs)
     write_json(settings_file, {"settings": settings})
     done = {(record["repeat"], record["engine"]) for record in read_records(runs) if "failed" not in record}
     for repeat, engine in live_bar([turn for turn in in_turns(args.engines, args.repeats) if turn not in done], desc="runs"):
         measured = one_run(request_of(args, engine), rate, not args.no_limit, args.timeout)
-        append_record(runs, {"engine": engine, "repeat": repeat, "label": title(engine, args.replayed_acceptance), **measured})
+        append_record(runs, {"engine": engine, "repeat": repeat, "label": title(engine, replayed), **measured})
     latest = {(record["repeat"], record["engine"]): record for record in read_records(runs)}
     records = [record for (repeat, _), record in sorted(latest.items()) if repeat < args.repeats]
-    rows, about = summarise(records, args.engines, args.replayed_acceptance), environment()
+    rows, about = summarise(records, args.engines, replayed), environment()
     write_json(args.output, {"rows": rows, "settings": settings, "environment": about})
     text = report(args, request, rows, about)
     write_atomically(args.output.with_suffix(".md"), lambda part: part.write_text(text, encoding="utf-8"))

@@ -1,11 +1,13 @@
-"""Four ways to decode a model larger than memory, one process each: ours (plain, CATS), accelerate's disk offload, mapped files.
+"""Ways to decode a model larger than memory, one process each: ours (plain, CATS, nested), accelerate's disk offload, mapped files.
 
     python -m scripts.budget_engines REQUEST.json RESULT.json        (scripts/benchmark_budget.py calls it)
 
-All read the same safetensors shards. What is timed: committed tokens after the prompt and one warm-up step.
+All read the same safetensors shards, but for nested, which reads the nested checkpoint made of them. What is timed: committed tokens after
+the prompt and one warm-up step.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import cats
 from cats.checkpoint import locate_tensors, weight_files
 from cats.cli.command import exit_with_sentence
-from cats.config import MemoryOptions
+from cats.config import MemoryOptions, MethodConfig, require
 from cats.files import write_atomically
-from cats.methods.base import Method
+from cats.methods import with_needs
+from cats.planning.plan import COARSE, EXACT, MemoryPlan, View
 from cats.runtime.budget import interpreter_bytes
 from cats.trace import StepTrace
-from evaluation.replay import ReplayedAcceptance, ReplayedCascade, Schedule
+from evaluation.replay import ReplayedAcceptance, Schedule, replayed
 from scripts.memory_run import bytes_read, peak_bytes, private_bytes, reset_peak
 
 CYCLES = 10_000
@@ -45,8 +48,12 @@ class Request:
         adapters: draft and shallow adapter, for CATS.
         budget_bytes: of the whole process; None: no limit.
         dtype: that our weights are held in; "auto": as stored. The other engines compute in the stored one.
+        compute_dtype: of our arithmetic and caches.
         tokens: how many to time, at least.
-        replayed_acceptance: accepted length of the replayed schedule; None decodes with the adapters' own acceptance.
+        positions: that our caches are made for; None: what the run needs.
+        steps: drafted tokens of CATS or of nested.
+        replayed_acceptance: accepted length of the replayed schedule; None decodes with the draft's own acceptance.
+        replayed_corrections: of CATS.
     """
 
     engine: str
@@ -54,7 +61,9 @@ class Request:
     adapters: tuple[str, str] | None
     budget_bytes: int | None
     dtype: str = "auto"
+    compute_dtype: str = "auto"
     tokens: int = 8
+    positions: int | None = None
     prompt_tokens: int = 32
     threads: int = 1
     ring_buffers: int = 3
@@ -83,7 +92,13 @@ class Engine:
 
 def longest_answer(request: Request) -> int:
     """Tokens that a run may commit, so that no tree is cut by the end of the answer while it is timed."""
-    return request.tokens + (EXTRA_CYCLES + 3) * (request.steps + 2) + 1
+    a_pass = request.steps + 2 if request.replayed_acceptance is None else math.ceil(request.replayed_acceptance)
+    longest = request.tokens + (EXTRA_CYCLES + 1) * a_pass + 2 * (request.steps + 2) + 1
+    if request.positions is None:
+        return longest
+    least = request.prompt_tokens + longest
+    require(least <= request.positions, f"the run may take {least} positions; give as many, or time fewer tokens.")
+    return request.positions - request.prompt_tokens
 
 
 def timed_enough(request: Request, tokens: int, steps: int) -> bool:
@@ -92,40 +107,57 @@ def timed_enough(request: Request, tokens: int, steps: int) -> bool:
         return False
     mean = request.replayed_acceptance
     late = mean is not None and steps * mean > request.tokens + EXTRA_CYCLES * mean
-    return mean is None or request.engine != "cats" or late or abs(tokens - steps * mean) <= 0.5
+    return mean is None or late or abs(tokens - steps * mean) <= 0.5
 
 
-def ours(request: Request, method: Method, adapters: dict[str, tuple[str, int | None]], rule: Any = None) -> Engine:
-    """Our engine under a memory plan."""
+def ours(request: Request, config: MethodConfig, adapters: dict[str, tuple[str, int | None]], schedule: Schedule | None = None) -> Engine:
+    """Our engine under a memory plan, accepting what a schedule says where there is one."""
     settings = cats.GenerationConfig(max_new_tokens=longest_answer(request), eos_token_ids=())
     memory = None
     if request.budget_bytes is not None:
-        memory = MemoryOptions(
-            budget_bytes=request.budget_bytes,
-            ring_buffers=request.ring_buffers,
-            positions=request.prompt_tokens + settings.max_new_tokens,
-            nodes=method.max_nodes,
-        )
-    model = cats.load(request.model, adapters, dtype=request.dtype, memory=memory, plan=None)
+        positions = request.prompt_tokens + settings.max_new_tokens
+        memory = with_needs(MemoryOptions(request.budget_bytes, ring_buffers=request.ring_buffers, positions=positions), config)
+    dtypes = {"dtype": request.dtype, "compute_dtype": request.compute_dtype}
+    model = cats.load(request.model, adapters, memory=memory, plan=None, **dtypes)
+    method = cats.build_method(config, model) if schedule is None else replayed(config, schedule, model)
+    rule = None if schedule is None else ReplayedAcceptance(schedule)
 
     def steps(prompt: Sequence[int]) -> Iterator[Step]:
         for step in cats.stream(model, prompt, method, settings, acceptance=rule):
             yield Step(step.tokens, step.trace)
 
-    return Engine(steps, {"arithmetic": str(model.base.dtype).removeprefix("torch."), **plan_notes(model)})
+    plan = model.base.source.plan
+    front = front_bytes(plan, config, {name: int(adapter.exit_layer or 0) for name, adapter in model.adapters.items()})
+    notes = {"arithmetic": str(model.base.dtype).removeprefix("torch."), "front_bytes_per_pass": front}
+    return Engine(steps, {**notes, **plan_notes(plan)})
 
 
-def plan_notes(model: cats.MultiAdapterCATSModel) -> dict[str, Any]:
+def front_bytes(plan: MemoryPlan, config: MethodConfig, exits: dict[str, int]) -> int:
+    """Bytes of weights that drafting and shallow verification multiply by in a cycle, each time that they do."""
+    sizes = plan.sizes
+    if sizes is None:
+        raise cats.CatsError("this plan does not know the sizes of its model; load the model anew.")
+
+    def layers(first: int, last: int, view: View) -> int:
+        return sum(piece.held for piece in sizes.pieces if first <= piece.layer < last and view.needs(piece))
+
+    if isinstance(config, cats.NestedConfig):
+        return config.steps * (layers(0, sizes.layers, COARSE) + sizes.lm_head_bytes)
+    if isinstance(config, cats.CascadeConfig):
+        leaving = sizes.adapter_bytes + sizes.lm_head_bytes
+        checking = layers(exits["draft"], exits["shallow"], EXACT) + leaving
+        return config.steps * (layers(0, exits["draft"], EXACT) + leaving) + checking
+    return 0
+
+
+def plan_notes(plan: MemoryPlan) -> dict[str, Any]:
     """What a memory plan streams and holds."""
-    plan = getattr(model.base.source, "plan", None)
-    if plan is None:
-        return {}
     return {"streamed_bytes_per_pass": plan.streamed_bytes, "charges": dict(plan.charges), "pinned_matrices": len(plan.pinned)}
 
 
 def ours_plain(request: Request) -> Engine:
     """Plain decoding with pinned weights."""
-    return ours(request, cats.build_method(cats.AutoregressiveConfig()), {})
+    return ours(request, cats.AutoregressiveConfig(), {})
 
 
 def ours_cats(request: Request) -> Engine:
@@ -135,9 +167,16 @@ def ours_cats(request: Request) -> Engine:
     adapters: dict[str, tuple[str, int | None]] = dict(zip(("draft", "shallow"), ((path, None) for path in request.adapters), strict=True))
     config = cats.CascadeConfig(steps=request.steps, tree_topk=request.tree_topk, total_tokens=request.total_tokens)
     if request.replayed_acceptance is None:
-        return ours(request, cats.build_method(config), adapters)
-    schedule = Schedule.with_mean(request.replayed_acceptance, config, request.replayed_corrections, CYCLES)
-    return ours(request, ReplayedCascade(config, schedule), adapters, ReplayedAcceptance(schedule))
+        return ours(request, config, adapters)
+    schedule = Schedule.with_mean(request.replayed_acceptance, config, request.replayed_corrections, cycles=CYCLES)
+    return ours(request, config, adapters, schedule)
+
+
+def ours_nested(request: Request) -> Engine:
+    """A chain of nested weights, with replayed acceptance where the request says so."""
+    config = cats.NestedConfig(steps=request.steps, adaptive=False)
+    replay = request.replayed_acceptance
+    return ours(request, config, {}, None if replay is None else Schedule.with_mean(replay, config, cycles=CYCLES))
 
 
 def empty_model(request: Request) -> Any:
@@ -201,6 +240,7 @@ def greedy_loop(model: Any, notes: dict[str, Any] | None = None) -> Engine:
 ENGINES: dict[str, Callable[[Request], Engine]] = {
     "plain": ours_plain,
     "cats": ours_cats,
+    "nested": ours_nested,
     "accelerate": accelerate_offload,
     "mmap": mapped_files,
 }

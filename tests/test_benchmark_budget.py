@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import cats
 from cats import CatsError
+from cats.nested import conversion
+from cats.planning.plan import COARSE
 from scripts import benchmark_budget
 from scripts.benchmark_budget import in_turns, main, summarise
 from scripts.budget_engines import ENGINES, Request, measure
@@ -19,7 +22,8 @@ from scripts.memory_run import GROUPS, run_limited
 from tests.test_synthetic_checkpoint import CONFIG
 
 needs_groups = pytest.mark.skipif(not os.access(GROUPS / "memory", os.W_OK), reason="no writable version 1 memory control groups")
-NOTES = {"notes": {"arithmetic": "float32"}, "stage_seconds_per_step": None, "peak_bytes": 1, "load_peak_bytes": 1}
+NOTES = {"notes": {"arithmetic": "float32", "front_bytes_per_pass": 300}, "stage_seconds_per_step": None, "load_peak_bytes": 1}
+NOTES |= {"peak_bytes": 1, "group_peak_bytes": 7, "disk_bytes_per_step": 50, "wire_bytes_per_s": 100, "memory_bytes_per_s": 600}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def request_for(tmp_path_factory: pytest.TempPathFactory) -> Request:
 
 
 def test_all_engines_say_the_same(request_for: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {engine: measure(replace(request_for, engine=engine))["ids"] for engine in ENGINES}
+    said = {engine: measure(replace(request_for, engine=engine))["ids"] for engine in ENGINES if engine != "nested"}
     monkeypatch.setattr("scripts.budget_engines.interpreter_bytes", lambda: 0)
     for budget in (2_000_000, 2_600_000):
         offloaded = measure(replace(request_for, engine="accelerate", budget_bytes=budget))
@@ -50,6 +54,35 @@ def test_a_replayed_run_ends_at_its_mean(request_for: Request) -> None:
     assert 7 < result["nodes_per_step"] < 11
 
 
+@pytest.fixture(scope="module")
+def nested_pair(request_for: Request) -> tuple[Path, Path]:
+    """A checkpoint in bfloat16, and the nested one made of it."""
+    folder = Path(request_for.model).parent
+    published, nested = folder / "bfloat16", folder / "nested"
+    make_checkpoint(base_config(folder / "config.json", None), torch.bfloat16, [], published)
+    conversion.convert(conversion.conversion_of(published, nested))
+    return published, nested
+
+
+def test_nested_says_the_same_and_ends_at_its_mean(request_for: Request, nested_pair: tuple[Path, Path]) -> None:
+    published, nested = nested_pair
+    asked = replace(request_for, engine="nested", model=str(nested), adapters=None, steps=6)
+    plain, found = measure(replace(request_for, model=str(published), adapters=None)), measure(asked)
+    shortest = min(len(plain["ids"]), len(found["ids"]))
+    assert plain["ids"][:shortest] == found["ids"][:shortest]
+    result = measure(replace(asked, replayed_acceptance=4.5, tokens=12))
+    assert abs(result["tokens"] - 4.5 * result["steps"]) <= 0.5
+    assert result["nodes_per_step"] == 7
+    sizes = cats.load(nested, memory=cats.MemoryOptions(views=(COARSE,), pinning=False)).base.source.plan.sizes
+    assert sizes is not None
+    coarse = sum(piece.held for piece in sizes.pieces if piece.part != "residual")
+    assert result["notes"]["front_bytes_per_pass"] == 6 * (coarse + sizes.lm_head_bytes)
+    with pytest.raises(CatsError, match=r"the run may take \d+ positions"):
+        measure(replace(asked, positions=20))
+    wide = measure(replace(asked, budget_bytes=2**33, positions=100))["notes"]["charges"]["KV caches"]
+    assert wide == 2 * 32 * (100 + 7) * 4 * 6
+
+
 def test_every_engine_takes_every_place() -> None:
     turns = in_turns(["a", "b", "c"], 3)
     assert [engine for repeat, engine in turns if repeat == 1] == ["b", "c", "a"]
@@ -64,9 +97,10 @@ def record(engine: str, repeat: int, rate: float) -> dict[str, Any]:
 def test_figures_are_paired_and_named() -> None:
     records = [record("plain", 0, 1.0), record("cats", 0, 3.0), record("plain", 1, 2.0), record("cats", 1, 5.0)]
     records.append({"engine": "mmap", "repeat": 0, "failed": "error: killed by the kernel at the memory limit"})
-    rows = summarise(records, ["plain", "cats", "mmap"], 3.05)
+    rows = summarise(records, ["plain", "cats", "mmap"], {"cats": 3.05, "nested": None})
     assert rows[1]["engine"] == "ours, CATS, replayed acceptance 3.05"
     assert rows[1]["against_plain"] == 2.75
+    assert (rows[1]["bound_seconds"], rows[1]["by_bound"], rows[1]["group_peak_bytes"]) == (1.0, 1.0, 7)
     text = benchmark_budget.table(rows)
     assert "killed by the kernel" in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
@@ -91,6 +125,9 @@ def test_finished_runs_are_not_made_again(request_for: Request, tmp_path: Path, 
     with pytest.raises(SystemExit):
         main([*flags, "--draft-adapter-path", request_for.adapters[0], "--shallow-adapter-path", request_for.adapters[1]])
     assert made == ["plain", "mmap", "mmap"], "runs of other settings or adapters are not taken up"
+    for more in (["--engines", "nested"], ["--nested-acceptance", "3"], ["--nested-model-path", request_for.model]):
+        with pytest.raises(SystemExit):
+            main([*flags, *more])
     assert "NOT enforced" in output.with_suffix(".md").read_text()
 
 
