@@ -59,6 +59,8 @@ def lanes_and_tile() -> tuple[int, int]:
 
 
 LANES, TILE = lanes_and_tile()
+STEP = (LANES, LANES, LANES, 2 * LANES, 2 * LANES, LANES)
+"""Weights of a kind that are upcast together."""
 WEIGHT_ROWS, CACHE_LINE = 4, 64
 """Weight rows of a tile; bytes that come from memory together."""
 
@@ -82,9 +84,9 @@ def floats(value: float) -> Value:
     return ir.Constant(vector(FLOAT), [float(np.float32(value))] * LANES)
 
 
-def words(value: int, of: Value = WORD) -> Value:
+def words(value: int, of: Value = WORD, count: int = LANES) -> Value:
     """A vector constant of integers."""
-    return ir.Constant(vector(of), [value] * LANES)
+    return ir.Constant(vector(of, count), [value] * count)
 
 
 def pointer(b: Value, address: Value, to: Value) -> Value:
@@ -92,40 +94,52 @@ def pointer(b: Value, address: Value, to: Value) -> Value:
     return b.inttoptr(address, to.as_pointer())
 
 
-def load_vector(b: Value, address: Value, of: Value = FLOAT) -> Value:
-    """LANES numbers at an address of any alignment."""
-    return b.load(pointer(b, address, vector(of)), align=1)
+def load_vector(b: Value, address: Value, of: Value = FLOAT, count: int = LANES) -> Value:
+    """`count` numbers at an address of any alignment."""
+    return b.load(pointer(b, address, vector(of, count)), align=1)
 
 
-def load_tail(b: Value, address: Value, nbytes: Value, of: Value = FLOAT) -> Value:
+def load_tail(b: Value, address: Value, nbytes: Value, of: Value = FLOAT, count: int = LANES) -> Value:
     """The numbers in the first `nbytes` at an address, zeros behind them."""
-    place = cgutils.alloca_once(b, vector(of))
-    b.store(ir.Constant(vector(of), None), place)
+    place = cgutils.alloca_once(b, vector(of, count))
+    b.store(ir.Constant(vector(of, count), None), place)
     cgutils.raw_memcpy(b, b.bitcast(place, BYTE.as_pointer()), pointer(b, address, BYTE), nbytes, 1)
     return b.load(place)
 
 
-def upcast(b: Value, raw: Value, kind: int, offset: Value) -> Value:
-    """Stored weights as float32, exactly; codes as the numbers they stand for alone, code 0 as the least of them, 2^-15 of the largest: to
-    tell it from the others would cost more than it is worth in a draft.
+def upcast(b: Value, raw: Value, kind: int, offset: Value) -> list[Value]:
+    """Stored weights, STEP of a kind, as vectors of float32, exactly.
+
+    Codes become the half-precision numbers that they stand for alone, code 0 the least of them, 2^-15 of the largest: to tell it from the
+    others would cost more than it is worth in a draft. They are taken in 16-bit lanes, twice as many at a time.
 
     Args:
-        offset: of codes, a 32-bit number: 8 times the matrix' base.
+        offset: of codes, a 16-bit number: 8 times the matrix' base.
     """
     if kind == BF16:
-        return b.bitcast(b.shl(b.zext(raw, vector(WORD)), words(16)), vector(FLOAT))
+        return [b.bitcast(b.shl(b.zext(raw, vector(WORD)), words(16)), vector(FLOAT))]
     if kind == F32:
-        return raw
+        return [raw]
     if kind == F16:
-        return b.fpext(raw, vector(FLOAT))
+        return [b.fpext(raw, vector(FLOAT))]
     if kind == INT8:
-        return b.sitofp(raw, vector(FLOAT))
-    codes = b.sext(raw, vector(WORD))
-    lifted, sign = b.add(b.and_(codes, words(LARGEST_CODE)), splat(b, offset)), b.and_(codes, words(-(1 << 31)))
-    if kind == CODES_BF16:
-        return b.bitcast(b.or_(b.shl(lifted, words(20)), sign), vector(FLOAT))
-    half = b.trunc(b.or_(b.shl(lifted, words(7)), b.lshr(sign, words(16))), vector(SHORT))
-    return b.fpext(b.bitcast(half, vector(ir.HalfType())), vector(FLOAT))
+        return [b.sitofp(raw, vector(FLOAT))]
+    dropped, several = (4 if kind == CODES_BF16 else 7), 2 * LANES
+    lift = splat(b, b.shl(offset, ir.Constant(SHORT, dropped)), several)
+    placed = b.shl(b.sext(raw, vector(SHORT, several)), words(dropped, SHORT, several))
+    halves = b.add(b.and_(placed, words(LARGEST_CODE << dropped | 1 << 15, SHORT, several)), lift)
+    if kind == CODES_F16:
+        return parts(b, b.fpext(b.bitcast(halves, vector(ir.HalfType(), several)), vector(FLOAT, several)))
+    zeros = ir.Constant(halves.type, None)
+    places = [[place for i in range(first, first + LANES) for place in (several, i)] for first in (0, LANES)]
+    return [b.bitcast(b.shuffle_vector(halves, zeros, ir.Constant(vector(WORD, several), chosen)), vector(FLOAT)) for chosen in places]
+
+
+def parts(b: Value, numbers: Value) -> list[Value]:
+    """Several vectors that were loaded as one."""
+    nothing = ir.Constant(numbers.type, ir.Undefined)
+    places = [range(first, first + LANES) for first in range(0, numbers.type.count, LANES)]
+    return [b.shuffle_vector(numbers, nothing, ir.Constant(vector(WORD), list(chosen))) for chosen in places]
 
 
 def vector_function(b: Value, name: str, arguments: int) -> Callable[..., Value]:
@@ -142,10 +156,10 @@ def prefetch(b: Value, address: Value) -> None:
     b.call(function, [pointer(b, address, BYTE), *(ir.Constant(WORD, value) for value in (0, 2, 1))])
 
 
-def splat(b: Value, scalar: Value) -> Value:
+def splat(b: Value, scalar: Value, count: int = LANES) -> Value:
     """A scalar in every lane."""
-    nothing = ir.Constant(vector(scalar.type), ir.Undefined)
-    return b.shuffle_vector(b.insert_element(nothing, scalar, ir.Constant(WORD, 0)), nothing, ir.Constant(vector(WORD), [0] * LANES))
+    nothing = ir.Constant(vector(scalar.type, count), ir.Undefined)
+    return b.shuffle_vector(b.insert_element(nothing, scalar, ir.Constant(WORD, 0)), nothing, ir.Constant(vector(WORD, count), [0] * count))
 
 
 def folded(b: Value, lanes: Value, combine: Callable[[Value, Value], Value]) -> Value:
@@ -188,7 +202,7 @@ class Span(NamedTuple):
 
 
 def folded_together(b: Value, lanes: Sequence[Value]) -> Value:
-    """The sums over the lanes of 1, 2 or 4 vectors, as one vector of as many; each is bit for bit what `folded` makes."""
+    """The sums over the lanes of 1, 2, 4 or 8 vectors, as one vector of as many; each is bit for bit what `folded` makes."""
     vectors, items, width = list(lanes), 1, LANES
 
     def halves(low: bool) -> list[int]:
@@ -213,33 +227,35 @@ def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: 
     together, and meanwhile the weight rows of the next tile are brought nearer in one sweep.
     """
     kind, rows, columns = shape
-    fma, zero, item = vector_function(b, "fma", 3), floats(0.0), ITEM_BYTES[kind]
+    fma, zero, item, step = vector_function(b, "fma", 3), floats(0.0), ITEM_BYTES[kind], STEP[kind]
     sums = [[cgutils.alloca_once(b, vector(FLOAT)) for _ in range(columns)] for _ in range(rows)]
     for place in (place for row in sums for place in row):
         b.store(zero, place)
     w_at, x_at = [weights.row(b, r) for r in range(rows)], [x.row(b, t) for t in range(columns)]
-    full = whole(b, length, LANES)
+    full = whole(b, length, step)
     rest = b.sub(length, full)
     w_from, w_bytes, x_from, x_bytes = (b.mul(count, number(size)) for size in (item, 4) for count in (full, rest))
 
-    def add(chosen: range, weight_at: Callable[[Value], Value], x_vectors: Sequence[Value]) -> None:
+    def add(chosen: range, weight_at: Callable[[Value], Value], x: Sequence[Value]) -> None:
+        x_vectors = [parts(b, numbers) for numbers in x]
         for r in chosen:
-            weight = upcast(b, weight_at(w_at[r]), kind, offset)
+            weights = upcast(b, weight_at(w_at[r]), kind, offset)
             for t in range(columns):
-                b.store(fma(weight, x_vectors[t], b.load(sums[r][t])), sums[r][t])
+                for weight, numbers in zip(weights, x_vectors[t], strict=True):
+                    b.store(fma(weight, numbers, b.load(sums[r][t])), sums[r][t])
 
     sweep = columns == 1 and kind <= F32
     for chosen in (range(r, r + 1) for r in range(rows)) if sweep else (range(rows),):
-        with counting(b, number(0), full, LANES) as i:
+        with counting(b, number(0), full, step) as i:
             w_offset, x_offset = b.mul(i, number(item)), b.mul(i, number(4))
             ahead = b.add(weights.row(b, rows), b.mul(w_offset, number(rows)))
-            for line in range(0, 0 if sweep else rows * LANES * item, CACHE_LINE):
+            for line in range(0, 0 if sweep else rows * step * item, CACHE_LINE):
                 prefetch(b, b.add(ahead, number(line)))
-            x_vectors = [load_vector(b, b.add(at, x_offset)) for at in x_at]
-            add(chosen, lambda at, offset=w_offset: load_vector(b, b.add(at, offset), STORED[kind]), x_vectors)  # type: ignore[misc]
+            numbers = [load_vector(b, b.add(at, x_offset), FLOAT, step) for at in x_at]
+            add(chosen, lambda at, offset=w_offset: load_vector(b, b.add(at, offset), STORED[kind], step), numbers)  # type: ignore[misc]
     with b.if_then(b.icmp_signed(">", rest, number(0)), likely=False):
-        tails = [load_tail(b, b.add(at, x_from), x_bytes) for at in x_at]
-        add(range(rows), lambda at: load_tail(b, b.add(at, w_from), w_bytes, STORED[kind]), tails)
+        tails = [load_tail(b, b.add(at, x_from), x_bytes, FLOAT, step) for at in x_at]
+        add(range(rows), lambda at: load_tail(b, b.add(at, w_from), w_bytes, STORED[kind], step), tails)
     for t in range(columns):
         together = folded_together(b, [b.load(sums[r][t]) for r in range(rows)])
         b.store(together, pointer(b, y.row(b, t), vector(FLOAT, rows)), align=4)
@@ -247,6 +263,28 @@ def emit_tile(b: Value, shape: tuple[int, int, int], weights: Span, x: Span, y: 
 
 def emit_product(b: Value, kind: int, weights: Span, x: Span, y: Span, length: Value, rows: Value, columns: Value, offset: Value) -> None:
     """`y[t, r]` for all rows of the weights and of x (here: columns), in tiles, of as equal a width as can be."""
+    if kind <= F32:  # memory is what these wait for
+        emit_tiles(b, kind, weights, x, y, length, rows, columns, offset)
+        return
+    with b.if_else(b.icmp_signed("==", columns, number(1))) as (single, several):
+        with single:
+            emit_single(b, kind, weights, x, y, length, rows, offset)
+        with several:
+            emit_tiles(b, kind, weights, x, y, length, rows, columns, offset)
+
+
+def emit_single(b: Value, kind: int, weights: Span, x: Span, y: Span, length: Value, rows: Value, offset: Value) -> None:
+    """`emit_product` for a single row of x: more weight rows at a time, since what a tile takes beside its sums is most of a short one."""
+    done = number(0)
+    for size in (2 * WEIGHT_ROWS, 1):
+        end = b.add(done, whole(b, b.sub(rows, done), size))
+        with counting(b, done, end, size) as r:
+            emit_tile(b, (kind, size, 1), weights.below(b, r), x, Span(b.add(y.address, b.mul(r, number(4))), y.stride), length, offset)
+        done = end
+
+
+def emit_tiles(b: Value, kind: int, weights: Span, x: Span, y: Span, length: Value, rows: Value, columns: Value, offset: Value) -> None:
+    """`emit_product` for several rows of x."""
     by_four, groups = whole(b, rows, WEIGHT_ROWS), b.sdiv(b.add(columns, number(TILE - 1)), number(TILE))
     narrow, wider = b.sdiv(columns, groups), b.srem(columns, groups)
     for first, last, size in ((number(0), by_four, WEIGHT_ROWS), (by_four, rows, 1)):
@@ -270,7 +308,7 @@ def product_function(module: Value, kind: int) -> Value:
         function.attributes.add("noinline")
         b = ir.IRBuilder(function.append_basic_block("entry"))
         w, w_stride, x, x_stride, y, y_stride, length, rows, count, offset = function.args
-        emit_product(b, kind, Span(w, w_stride), Span(x, x_stride), Span(y, y_stride), length, rows, count, b.trunc(offset, WORD))
+        emit_product(b, kind, Span(w, w_stride), Span(x, x_stride), Span(y, y_stride), length, rows, count, b.trunc(offset, SHORT))
         b.ret_void()
     return function
 
