@@ -28,6 +28,8 @@ KINDS = {torch.bfloat16: code.BF16, torch.float16: code.F16, torch.float32: code
 MATRICES = ATTENTION + GATED_MLP
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 NOTHING = np.empty((0, 0), np.float32)
+SMALL = 65536
+"""Numbers that a thread norms sooner than it wakes another one."""
 LOOK_SECONDS = 0.0002
 """Between looks at whether a matrix has been used."""
 WHOLE, ATTENDS, TRANSFORMS = (code.QUERY, code.MATRICES), (code.QUERY, code.GATE), (code.GATE, code.MATRICES)
@@ -315,7 +317,11 @@ def normed(hidden: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torc
     """The RMS norm of states [.., D]."""
     x_TD = hidden.reshape(-1, hidden.shape[-1]).contiguous().numpy()
     out = np.empty_like(x_TD)
-    team().run(code.run_norm, 0, weight_D.data_ptr(), np.float32(epsilon), x_TD, out)
+    call = (code.run_norm, weight_D.data_ptr(), np.float32(epsilon), x_TD, out)
+    if x_TD.size <= SMALL:
+        team().alone(*call)
+    else:
+        team().run(call[0], 0, *call[1:])
     return torch.from_numpy(out).view(hidden.shape)
 
 
