@@ -34,7 +34,7 @@ class Team:
                 done.result()
 
     def alone(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call `function(crew, *arguments)` in the calling thread only: for what is over sooner than another is woken; it takes no counters."""
+        """Call `function(crew, *arguments)` in the calling thread only, for what is over sooner than another wakes; it counts no work."""
         nothing = np.zeros(1, np.int64)
         function(Crew(0, 1, nothing.ctypes.data, nothing.ctypes.data), *arguments)
 
