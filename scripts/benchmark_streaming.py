@@ -51,10 +51,12 @@ class Contender:
     @property
     def source(self) -> Store:
         """Where its weights come from."""
-        source = self.model.base.source
-        if source.streamer is None:
+        return self.model.base.source
+
+    def check_streams(self) -> None:
+        """Raise `CatsError` where nothing is streamed."""
+        if self.source.streamer is None:
             raise CatsError(f"everything fits the budget for {self.method.name}, so nothing is streamed; give a smaller --memory-budget.")
-        return source
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,20 +85,21 @@ def imitated(args: argparse.Namespace) -> float | None:
 def contenders_of(args: argparse.Namespace, place: ChosenModel, methods: dict[str, cats.MethodConfig]) -> dict[str, Contender]:
     """Each method loaded under the same budget."""
     budget = parse_amount(args.memory_budget, "--memory-budget") if args.memory_budget else stored_bytes(place.directory) // 2
-    loaded = {}
-    for label, method in methods.items():
-        memory = cats.MemoryOptions(
-            budget_bytes=budget,
-            covers="weights",
-            flash_bandwidth=imitated(args),
-            pinning=not args.no_pinning,
-            ring_buffers=args.ring_buffers,
-            positions=PROMPT_POSITIONS + args.max_new_tokens,
-        )
-        adapters = {name: place.adapters[name] for name in needs_of(method).adapters}
-        model = cats.load(place.directory, adapters, dtype=args.dtype, memory=with_needs(memory, method), plan=None)
-        loaded[label] = Contender(method, model, [])
-    return loaded
+    memory = cats.MemoryOptions(
+        budget_bytes=budget,
+        covers="weights",
+        flash_bandwidth=imitated(args),
+        pinning=not args.no_pinning,
+        ring_buffers=args.ring_buffers,
+        positions=PROMPT_POSITIONS + args.max_new_tokens,
+    )
+    return {label: loaded(place, method, memory, args.dtype) for label, method in methods.items()}
+
+
+def loaded(place: ChosenModel, method: cats.MethodConfig, memory: cats.MemoryOptions, dtype: str) -> Contender:
+    """A method with a model of its own, planned for it."""
+    adapters = {name: place.adapters[name] for name in needs_of(method).adapters}
+    return Contender(method, cats.load(place.directory, adapters, dtype=dtype, memory=with_needs(memory, method), plan=None), [])
 
 
 def answer_in_turns(args: argparse.Namespace, directory: Path, contenders: dict[str, Contender]) -> None:
@@ -137,6 +140,7 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
         "stream_seconds": statistics.median(streams),
         "compute_seconds": statistics.median(computes),
         "front_seconds": statistics.median(trace.seconds["draft"] + trace.seconds["shallow"] for trace in traces),
+        "bound_tokens_per_second": tokens / sum(bounds),
         "cycle_by_bound": statistics.median(trace.seconds.total / bound for trace, bound in zip(traces, bounds, strict=True)),
         "cycle_by_model": statistics.median(trace.seconds.total / model for trace, model in zip(traces, models, strict=True)),
         "overhead_share": statistics.median(1 - trace.seconds["compute"] / trace.seconds.total for trace in traces),
@@ -173,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     emulated = imitated(args)
     bandwidth = measure_read_rate(weight_files(place.directory)[0]) if emulated is None else emulated
     for contender in contenders.values():
+        contender.check_streams()
         sys.stderr.write("\n".join(contender.source.report()) + "\n\n")
     answer_in_turns(args, place.directory, contenders)
     methods = {label: figures_of(contender, bandwidth) for label, contender in contenders.items()}
