@@ -5,7 +5,8 @@
 Says for every method: tokens/s against plain decoding, next to the accepted length; the cycle's time next to its physical bound, the
 longer of what the link needs for the bytes streamed and what the processor needs for the arithmetic (the cycle less its waiting), and
 next to what is left when only the ring hides the front: max(stream, target pass) + max(0, draft and check - ring / link); and the share
-of a cycle outside layers, adapters and head. Without --flash-bandwidth the link is the disk, at the rate of a direct sequential read.
+of a cycle outside layers, adapters and head; of nested chains, what drafting while the exact pass streams would give. Without
+--flash-bandwidth the link is the disk, at the rate of a direct sequential read.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from evaluation.questions import read_questions, resolve_bench, select_questions
 from evaluation.record_file import write_json
 from evaluation.subject import load_text, stored_bytes
 from evaluation.timing import environment
+from scripts.hidden_drafting import hidden_drafting, sentence
 
 PLAIN = "autoregressive"
 
@@ -144,6 +146,7 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
         "cycle_by_bound": statistics.median(trace.seconds.total / bound for trace, bound in zip(traces, bounds, strict=True)),
         "cycle_by_model": statistics.median(trace.seconds.total / model for trace, model in zip(traces, models, strict=True)),
         "overhead_share": statistics.median(1 - trace.seconds["compute"] / trace.seconds.total for trace in traces),
+        "hidden_drafting": hidden_drafting(traces),
         "ring_bytes": contender.source.plan.ring_bytes,
         "charged_bytes": contender.source.plan.charged,
     }
@@ -187,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     link = f"this disk, {rate_text(bandwidth)}" if emulated is None else f"emulated {rate_text(bandwidth)}"
     title = f"budget {amount(budget)} of weights, {link}, {'no pinning' if args.no_pinning else 'pinned'}, greedy answers identical\n\n"
     sys.stdout.write(title + table(methods))
+    for label, row in methods.items():
+        if row["hidden_drafting"] is not None:
+            sys.stdout.write(sentence(label, row["hidden_drafting"]))
     if args.output:
         result = {"methods": methods, "budget_bytes": budget, "link": link, "pinning": not args.no_pinning, "environment": environment()}
         write_json(args.output, json.loads(json.dumps(result)))

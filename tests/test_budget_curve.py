@@ -53,6 +53,8 @@ def test_budgets_are_measured_once_and_drawn(
     assert budgets[0]["methods"]["autoregressive"]["streamed_bytes_per_cycle"] > 0
     assert whole["autoregressive"]["streamed_bytes_per_cycle"] == 4096  # the page of a token's row of the table
     assert all(0 < row["tokens_per_second"] <= row["bound_tokens_per_second"] * 1.001 for row in whole.values())
+    assert whole["nested_adaptive"]["hidden_drafting"]["speed_up_by_longer_chains"] == 1, "nothing waits"
+    assert whole["autoregressive"]["hidden_drafting"] is None
     assert output.with_suffix(".png").stat().st_size > 0
     assert len(read_records(output.with_suffix(".records.jsonl"))) == 3
     capsys.readouterr()
