@@ -172,7 +172,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
             while groups and index < end:
                 stretch = self._stretch(groups, index, end, view)
                 if stretch > index:
-                    passes, index = passes + stretch - index, stretch
+                    passes, index = passes + view.layers_run(index, stretch), stretch
                     continue
                 attends, transforms = index not in view.attention, index not in view.mlp
                 passes += attends or transforms
@@ -190,15 +190,14 @@ class EarlyExitLlamaForCausalLM(nn.Module):
     def _stretch(self, groups: Sequence[Rows], start: int, end: int, view: View) -> int:
         """Take every group through the layers that begin at `start`, compiled, in one call each; returns where they end.
 
-        A view that leaves sublayers out has none. They end at the first layer that streams, since several groups share its stream; a single
-        group goes on.
+        They end at the first layer that streams, since several groups share its stream; a single group goes on.
         """
         compiled = self.compiled
-        if compiled is None or view.attention or view.mlp or not all(compiled.takes(group) for group in groups):
+        if compiled is None or not all(compiled.takes(group) for group in groups):
             return start
         stop = end if len(groups) == 1 else compiled.stretch(start, end)
         for group in groups if stop > start else ():
-            compiled.run(group, start, stop)
+            compiled.run(group, start, stop, view)
         return stop
 
     def _attend(self, group: Rows, index: int) -> None:

@@ -167,6 +167,8 @@ def piece_of(layer: int, matrix: str, part: str, form: Form, weight: Weight) -> 
 
 def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[AdapterModel], interpreter: int, table: bool) -> Demand:
     """What the run asks of memory."""
+    config = checkpoint.config
+    views = [view.in_model(config.num_hidden_layers, config.hidden_size) for view in memory.views]
     return Demand(
         front=max((adapter.exit_layer or 0 for adapter in adapters), default=0),
         adapters=len(adapters),
@@ -176,7 +178,7 @@ def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[
         pinning=memory.pinning,
         compute_itemsize=checkpoint.compute.itemsize,
         interpreter_bytes=interpreter,
-        views=memory.views if memory.coarse is None else tuple(dict.fromkeys((*memory.views, COARSE))),
+        views=tuple(dict.fromkeys(views if memory.coarse is None else (*views, COARSE))),
         held_bytes=memory.held_bytes,
         table=table and not checkpoint.tied,
     )

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
+import numpy as np
 import torch
 
 from cats.adapter import AdapterModel
@@ -251,6 +252,11 @@ class Cycle:
                 self.leave(active, rows, stop, self.state.base.run_layers([rows], start, stop, view))
             waiting = self._below(waiting, layer)
 
+    def ready(self, node: int, layer: int, view: View, adapter: str | None = None) -> bool:
+        """Whether nodes behind `node` can be taken to `layer` under `view`, and be read by the adapter, without running it again."""
+        read = adapter is None or node in self._adapted[adapter]
+        return read and self.level(node) >= layer and view.follows(self._owner[node])
+
     def waiting_at(self, layer: int, nodes: Sequence[int]) -> list[int]:
         """Those of `nodes` that are not through yet, if all of them stand at `layer`; else none."""
         waiting = self._below(nodes, self.state.base.layer_count)
@@ -279,14 +285,22 @@ class Cycle:
                 continue
             if self._level[parent] < stop:
                 raise RuntimeError(f"node {node} would run ahead of its parent {parent}, which stands at layer {self._level[parent]}")
-            if self._owner[parent] != self._owner[node]:
+            if not self._owner[node].follows(self._owner[parent]):
                 raise RuntimeError(f"node {node} and its parent {parent} were run under different views of the model")
+        self._check_seen(nodes)
         base, rows, end = self.state.base, as_index(nodes), nodes[-1] + 1
         index = on_device(rows, base.device)
         hidden_TD = base.embed_tokens(self._ids_T[index]) if start == 0 else self.state.rows_at(start)[index]
         rope = base.rope.rows(self._positions(nodes), base.dtype)
         sight = tree_sight(self.tree.ancestors_TT[rows, :end], self.prefix, base.dtype, base.device)
         return Rows(hidden_TD[None], rope, sight, self.state.cache, shifted(rows, self.prefix, base.device), self.prefix + end)
+
+    def _check_seen(self, nodes: list[int]) -> None:
+        """Raise where an exact row would look at what a draft wrote, however far above."""
+        drafts = [node for node, owner in enumerate(self._owner) if owner is not EXACT and owner != EXACT]
+        exact = [node for node in nodes if self._owner[node] == EXACT] if drafts else []
+        if exact and self.tree.ancestors_TT[np.ix_(exact, drafts)].any():
+            raise RuntimeError(f"some of the nodes {exact} would be run exactly behind nodes that a draft ran last")
 
     def leave(self, nodes: list[int], rows: Rows, stop: int, passes: int) -> None:
         """Note where `nodes` stand now."""

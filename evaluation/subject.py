@@ -171,8 +171,13 @@ def subject_settings(
 
 def memory_record(memory: MemoryOptions) -> dict[str, Any]:
     """The options as JSON can hold them, but for what follows from the method."""
-    views = [{"precision": view.precision, "attention": sorted(view.attention), "mlp": sorted(view.mlp)} for view in memory.views]
+    views = [{name: plain(value) for name, value in dataclasses.asdict(view).items()} for view in memory.views]
     return {name: value for name, value in dataclasses.asdict(memory).items() if name != "held_bytes"} | {"views": views}
+
+
+def plain(value: Any) -> Any:
+    """A setting of a view as JSON can hold it."""
+    return sorted(value) if isinstance(value, frozenset) else str(value) if isinstance(value, Path) else value
 
 
 def said_exit(adapter: Path, layer: int | None) -> int | None:

@@ -37,7 +37,7 @@ RANKS: tuple[frozenset[str], ...] = (
 )
 # "": the names that the package exports.
 TRAINING_MAY_USE = {"errors", "files", "records", "families", "cli", "text", "rope", "checkpoint", "earlyexit", ""}
-TRAINING_MAY_USE |= {"adapter", "datastore", "medusa_heads"}
+TRAINING_MAY_USE |= {"adapter", "datastore", "medusa_heads", "planning"}
 PLAIN = ("planning", "tree", "static_tree", "config", "trace")
 """Modules of plain arithmetic."""
 

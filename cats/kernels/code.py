@@ -1009,11 +1009,26 @@ def run_matrix(crew: Crew, counter: int, sizes: Sizes, layer: int, matrix: int, 
 
 @compiled
 def run_layers(
-    crew: Crew, start: int, stop: int, first: int, last: int, sizes: Sizes, weights: Weights, group: Group, space: Space
+    crew: Crew,
+    start: int,
+    stop: int,
+    first: int,
+    last: int,
+    runs: np.ndarray,
+    sizes: Sizes,
+    weights: Weights,
+    group: Group,
+    space: Space,
 ) -> None:
-    """Layers [start, stop), of each of them the matrices [first, last) and what goes with them."""
+    """Layers [start, stop), of each of them the matrices [first, last) and what goes with them.
+
+    Args:
+        runs: bytes [layers, 2]; 0 where a layer's attention, or its MLP, is left out.
+    """
     for layer in range(start, stop):
         for matrix in range(first, last):
+            if not runs[layer, 1 if matrix > OUTPUT else 0]:
+                continue
             counter = (layer - start) * COUNTERS + matrix + (1 if matrix > OUTPUT else 0)
             if not run_matrix(crew, counter, sizes, layer, matrix, weights, group, space):
                 return

@@ -17,7 +17,7 @@ from cats.kernels import code
 from cats.kernels.team import team
 from cats.kv_cache import head_dim
 from cats.nested.format import KEPT_BITS, exceptions_of
-from cats.planning.plan import EXACT
+from cats.planning.plan import EXACT, View
 from cats.rows import Rows
 from cats.weight import Coded, Parts
 
@@ -122,6 +122,7 @@ class CompiledLayers:
         coming = [self.projections[layer][matrix] for row in self._coming for layer, matrix in row]
         self._decoded = code.DECODED * max((linear.weight.shape[1] for linear in coming if linear.kind.decodes), default=0) // 2
         self._described: dict[tuple[str, int, int], Description] = {}
+        self._runs: dict[View, np.ndarray] = {}
         self.resident = [not row for row in self._coming]
 
     def takes(self, rows: Rows) -> bool:
@@ -134,9 +135,9 @@ class CompiledLayers:
             start += 1
         return start
 
-    def run(self, rows: Rows, start: int, stop: int) -> None:
-        """Take rows through the layers [start, stop)."""
-        self._call(self._group(rows), start, stop, WHOLE)
+    def run(self, rows: Rows, start: int, stop: int, view: View = EXACT) -> None:
+        """Take rows through the layers [start, stop) of a view."""
+        self._call(self._group(rows), start, stop, WHOLE, view)
 
     def attend(self, rows: Rows, layer: int) -> None:
         """Add the attention of a layer."""
@@ -162,17 +163,30 @@ class CompiledLayers:
         rows.compiled = code.Group(hidden_TD, cos, sin, places, *sight.paths(), cache.storage[:, :, 0].numpy())
         return rows.compiled
 
-    def _call(self, group: code.Group, start: int, stop: int, matrices: tuple[int, int]) -> None:
+    def _runs_of(self, view: View) -> np.ndarray:
+        """Which sublayers a view runs, as the compiled code wants it."""
+        if view not in self._runs:
+            layers = range(len(self.projections))
+            self._runs[view] = np.array([(layer not in view.attention, layer not in view.mlp) for layer in layers], np.uint8)
+        return self._runs[view]
+
+    def _call(self, group: code.Group, start: int, stop: int, matrices: tuple[int, int], view: View = EXACT) -> None:
         workers, (rows, width) = team(), group.hidden_TD.shape
         space = self.room.space(self.sizes, width, rows, group.cache.shape[3], workers.size, self._decoded)
         first, last = matrices[0], min(matrices[1], code.MATRICES if self.projections[start][code.GATE] is not None else code.GATE)
         if last <= first:
             return
         weights, unsettled = self._running()
-        coming = [place for layer in range(start, stop) for place in unsettled[layer] if first <= place[1] < last]
+        runs = self._runs_of(view)
+        coming = [
+            place
+            for layer in range(start, stop)
+            for place in unsettled[layer]
+            if first <= place[1] < last and runs[layer, int(place[1] > code.OUTPUT)]
+        ]
         for place in coming:
             weights.matrices[place] = code.AWAITED
-        call = (code.run_layers, (stop - start) * code.COUNTERS, start, stop, first, last, self.sizes, weights, group, space)
+        call = (code.run_layers, (stop - start) * code.COUNTERS, start, stop, first, last, runs, self.sizes, weights, group, space)
         if not coming:
             workers.run(*call)
             return
@@ -299,7 +313,8 @@ def warm_up() -> None:
     places, ends = np.zeros(1, np.int64), np.zeros(2, np.int64)
     cache = np.zeros((1, 2, 1, 1, code.LANES), np.float32)
     group = code.Group(numbers.copy(), numbers, numbers, places, places, places, ends, cache)
-    team().run(code.run_layers, 0, 0, 0, *WHOLE, sizes, weights, group, Room().space(sizes, code.LANES, 1, 1, team().size))
+    runs = np.ones((1, 2), np.uint8)
+    team().run(code.run_layers, 0, 0, 0, *WHOLE, runs, sizes, weights, group, Room().space(sizes, code.LANES, 1, 1, team().size))
     product(torch.from_numpy(numbers), torch.from_numpy(numbers), None)
     normed(torch.from_numpy(numbers), torch.ones(code.LANES), 1.0)
 

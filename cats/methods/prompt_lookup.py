@@ -39,7 +39,11 @@ class NgramIndex:
         self._ends: dict[tuple[int, ...], int] = {}
 
     def continuation(self, tokens: list[int], count: int, ahead: list[int] | None = None) -> list[int]:
-        """Up to `count` tokens that followed the latest earlier occurrence of the longest known last n-gram.
+        """The tokens of `matched`."""
+        return self.matched(tokens, count, ahead)[0]
+
+    def matched(self, tokens: list[int], count: int, ahead: list[int] | None = None) -> tuple[list[int], int]:
+        """Up to `count` tokens that followed the latest earlier occurrence of the longest known last n-gram, and the n-gram's length.
 
         Args:
             ahead: drafted tokens that the n-gram ends with; they are not entered.
@@ -52,8 +56,8 @@ class NgramIndex:
         for size in range(min(self._longest, len(last)), 0, -1):
             found = self._ends.get(tuple(last[-size:]))
             if found is not None:
-                return [*tokens[found : found + count], *(ahead or [])][:count]
-        return []
+                return [*tokens[found : found + count], *(ahead or [])][:count], size
+        return [], 0
 
 
 class PromptLookup(Method):

@@ -73,6 +73,27 @@ class View:
         layer, sublayer = piece.sublayer
         return self.precision in piece.precisions and layer not in (self.attention if sublayer == "self_attn" else self.mlp)
 
+    def follows(self, above: "View") -> bool:
+        """Whether a pass of this view may look at keys and values that a pass of `above` wrote.
+
+        The exact pass sees its own alone; a draft those of any view that runs every attention which it runs itself.
+        """
+        return self == above or (self != EXACT and above.attention <= self.attention)
+
+    def layers_run(self, start: int, stop: int) -> int:
+        """How many of the layers [start, stop) it runs, in whole or in part."""
+        return stop - start - len([layer for layer in self.attention & self.mlp if start <= layer < stop])
+
+    def in_model(self, layers: int, width: int) -> "View":
+        """This view of a model of so many layers and so wide states; a view that depends on them says more (cats/planning/sparsity.py)."""
+        return self
+
+    @property
+    def label(self) -> str:
+        """In a few words."""
+        skipped = len(self.attention) + len(self.mlp)
+        return f"{self.precision} weights" + (f" without {skipped} sublayers" if skipped else "")
+
 
 EXACT = View()
 COARSE = View(precision=COARSE_PRECISION)
@@ -415,11 +436,27 @@ def refusal(
     advice = "raise --memory-budget"
     if demand.front:
         advice += f", or use an earlier exit (each layer holds {amount(sizes.layer_bytes)})"
+    if len(demand.views) > 1:
+        advice += f", or draft with fewer views ({', '.join(view_needs(sizes, demand, covers))})"
     if demand.ring_buffers > 1:
         advice += ", or lower --ring-buffers"
     if covers == "process" and demand.positions > PREFILL_ROWS:
         advice += ", or lower --budget-positions"
     return f"{what} at least {needs}; the budget is {amount(budget_bytes)} ({parts}); {advice}."
+
+
+def view_needs(sizes: ModelSizes, demand: Demand, covers: str) -> list[str]:
+    """What each of the demand's views alone would take in all, those that take the least first."""
+    found = []
+    for view in demand.views:
+        alone = replace(demand, views=(view,))
+        used = [piece for piece in sizes.pieces if alone.keeps(piece) or EXACT.needs(piece)]
+        kept = [piece for piece in used if alone.keeps(piece)]
+        front = without_spared(kept, kept)
+        ring = ring_bytes([piece for piece in used if not alone.keeps(piece)], alone)
+        fixed = sum(nbytes for _, nbytes in fixed_charges(sizes, alone, covers))
+        found.append((fixed + resident_bytes(front, covers) + arena(ring, covers), view.label))
+    return [f"{label}: {amount(nbytes)}" for nbytes, label in sorted(found)]
 
 
 def amount(nbytes: int) -> str:
