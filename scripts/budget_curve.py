@@ -1,7 +1,7 @@
 """Tokens per second over the memory budget: methods in turns at each of several budgets, next to their bounds, as a picture.
 
     python -m scripts.budget_curve --nested-model-path NESTED --flash-bandwidth 100MB/s --output curve.json \
-        --budgets 85MB 110MB 140MB 170MB 184MB 200MB 230MB 275MB
+        --budgets 85MB 110MB 140MB 170MB 184MB 200MB 230MB 290MB
     python -m scripts.budget_curve --output curve.json --merge          only draw what is there
 
 Measured as scripts/benchmark_streaming.py measures at one budget: budgets are of weights, every method has a plan of its own, all answer
@@ -13,25 +13,27 @@ that does not fit a budget is left out there, and the result says why. One recor
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cats
+from cats.adapter import AdapterModel
 from cats.checkpoint import weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.memory_flags import PROMPT_POSITIONS
 from cats.cli.progress import heartbeat, live_bar
 from cats.errors import BudgetError, CatsError
 from cats.files import write_atomically
-from cats.methods import needs_of
-from cats.planning.plan import COARSE_PRECISION, amount, parse_amount
+from cats.loading import checkpoint_of, demand_of, sizes_of_checkpoint
+from cats.methods import needs_of, with_needs
+from cats.planning.plan import COARSE_PRECISION, amount, parse_amount, plan_memory
 from cats.runtime.link import measure_read_rate, rate_text
 from cats.settings import as_record
 from evaluation.chosen_model import ChosenModel, chosen_model
-from evaluation.options import add_place_flags
+from evaluation.options import ADAPTERS, add_place_flags
 from evaluation.presets import PRESET_HELP, parse_presets, title_of
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
 from evaluation.subject import weights_fingerprint
@@ -78,7 +80,8 @@ def field_of(args: argparse.Namespace) -> Field:
     plain = chosen_model([method for label, method in methods.items() if label not in coarse], args)
     places = dict.fromkeys(methods, plain)
     if coarse:
-        nested = argparse.Namespace(**vars(args) | {"model_path": args.nested_model_path})
+        none = dict.fromkeys(("adapters", *(f"{role}_{what}" for role in ADAPTERS for what in ("adapter_path", "layer"))))
+        nested = argparse.Namespace(**vars(args) | none | {"model_path": args.nested_model_path})
         places |= dict.fromkeys(coarse, chosen_model([methods[label] for label in methods if label in coarse], nested))
     return Field(methods, places)
 
@@ -93,15 +96,28 @@ def settings_of(args: argparse.Namespace, field: Field) -> dict[str, Any]:
     }
 
 
+def streams(place: ChosenModel, method: cats.MethodConfig, memory: cats.MemoryOptions, dtype: str) -> bool:
+    """Whether the budget leaves anything of the layers to be streamed; raises `BudgetError` where it does not hold the method."""
+    memory, checkpoint = with_needs(memory, method), checkpoint_of(place.directory, (dtype, "auto"), torch.device("cpu"))
+    adapters = [
+        AdapterModel.from_pretrained(path, exit_layer, dtype, "meta", sparing=True)
+        for path, exit_layer in (place.adapters[name] for name in needs_of(method).adapters)
+    ]
+    demand = demand_of(memory, checkpoint, adapters, interpreter=0, table=False)
+    return bool(plan_memory(sizes_of_checkpoint(checkpoint, adapters), demand, memory.budget_bytes, memory.covers).streamed)
+
+
 def measured(args: argparse.Namespace, field: Field, budget: int) -> Record:
     """All methods that fit one budget."""
     positions = PROMPT_POSITIONS + args.max_new_tokens
-    memory = cats.MemoryOptions(budget, "weights", imitated(args), ring_buffers=args.ring_buffers, positions=positions)
+    memory = cats.MemoryOptions(budget, "weights", ring_buffers=args.ring_buffers, positions=positions)
+    linked = replace(memory, flash_bandwidth=imitated(args))  # which is refused where nothing is streamed
     contenders, left_out = dict[str, Contender](), dict[str, str]()
     with heartbeat(f"loading {len(field.methods)} models at {amount(budget)}"):
         for label, method in field.methods.items():
             try:
-                contenders[label] = loaded(field.places[label], method, memory, args.dtype)
+                place = field.places[label]
+                contenders[label] = loaded(place, method, linked if streams(place, method, memory, args.dtype) else memory, args.dtype)
             except BudgetError as error:
                 left_out[label] = str(error)
     if PLAIN in left_out:

@@ -33,7 +33,7 @@ def test_budgets_are_measured_once_and_drawn(
     output = tmp_path / "curve.json"
     nested = ["--nested-model-path", str(published.parent / "nested")]
     command = ["--model-path", str(published), "--methods", "prompt_lookup", "nested_adaptive", "--questions", "2", "--max-new-tokens", "6"]
-    command += ["--output", str(output)]
+    command += ["--output", str(output), "--flash-bandwidth", "20MB/s"]
     work, made = budget_curve.measured, list[int]()
 
     def counting(args: Any, field: Any, budget: int) -> Any:
