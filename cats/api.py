@@ -160,11 +160,12 @@ def chosen_method(model: MultiAdapterCATSModel, method: MethodChoice) -> Method:
     if method is None:
         method = best_method(model.adapters) if plan is None else plan.method
     method = configuration(method)
-    needed = needs_of(method).adapters
-    if plan is not None and not set(needed) <= model.adapters.keys():
+    needs = needs_of(method)
+    lacks_copy = plan is not None and plan.without_copy and bool(needs.views)
+    if plan is not None and (lacks_copy or not set(needs.adapters) <= model.adapters.keys()):
         raise CatsError(
-            f"the memory plan chose {plan.method.name} and left out what {method.name} needs ({', '.join(needed)}); "
-            "load the model with plan=None and those adapters."
+            f"the memory plan chose {plan.method.name} and left out what {method.name} needs ({', '.join(needs.words)}); "
+            "load the model with plan=None and the adapters that it needs."
         )
     return build_method(method, model)
 

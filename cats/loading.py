@@ -3,6 +3,7 @@
 Reads the configuration, looks where the tensors lie, plans, builds the model on the meta device and fills it, piece by piece.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from cats.kv_cache import head_dim
 from cats.linear import WorkSpace, replace_projections, work_bytes
 from cats.planning.plan import COARSE, EXACT, Demand, MemoryPlan, ModelSizes, Piece, plan_memory
 from cats.runtime.store import Store
-from cats.weight import Weight, weight_of
+from cats.weight import Weight, has_coarse, weight_of
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Form = TensorForm | TensorPlace
@@ -94,10 +95,31 @@ def load_base(
     plan = plan_memory(sizes_of_checkpoint(checkpoint, adapters), demand, asked.budget_bytes, asked.covers, asked.device_bytes)
     places = {name: form for name, form in checkpoint.forms.items() if isinstance(form, TensorPlace)}
     store = Store(plan, checkpoint.pieces, places, device, asked.flash_bandwidth)
+    return filled(causal_lm, checkpoint, store, directly=memory is not None, table=table)
+
+
+def load_first_layers(checkpoint: Checkpoint, count: int, device: torch.device, coarse: str | None) -> EarlyExitLlamaForCausalLM:
+    """The first `count` layers with the head, as a model: everything resident, as a run under a budget holds it, coarse forms too."""
+    config = copy.deepcopy(checkpoint.config)
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+    causal_lm = without_weights(config)
+    dtypes = (str(checkpoint.held).removeprefix("torch."), str(checkpoint.compute).removeprefix("torch."))
+    first = look_at(checkpoint.directory, config, causal_lm, dtypes, device, True, coarse, cut=True)
+    table = device.type == "cuda"
+    asked = MemoryOptions(views=(COARSE,) if has_coarse(config, coarse) else (), coarse=coarse)
+    plan = plan_memory(sizes_of_checkpoint(first, ()), demand_of(asked, first, (), 0, table), None)
+    places = {name: form for name, form in first.forms.items() if isinstance(form, TensorPlace)}
+    return filled(causal_lm, first, Store(plan, first.pieces, places, device), directly=True, table=table)
+
+
+def filled(causal_lm: Any, checkpoint: Checkpoint, store: Store, directly: bool, table: bool) -> EarlyExitLlamaForCausalLM:
+    """The model with its weights where the store's plan has them; see `fill`."""
     work = WorkSpace(store.ledger.holder("work space"))
     replace_projections(causal_lm, work)
-    fill(causal_lm, checkpoint, store, directly=memory is not None, table=table)
-    base = EarlyExitLlamaForCausalLM(causal_lm, config, checkpoint.compute, store, work, checkpoint.held).eval()
+    fill(causal_lm, checkpoint, store, directly, table)
+    base = EarlyExitLlamaForCausalLM(causal_lm, checkpoint.config, checkpoint.compute, store, work, checkpoint.held).eval()
     base.compile()
     return base
 
@@ -128,9 +150,12 @@ def look_at(
     device: torch.device,
     sparing: bool,
     coarse: str | None = None,
+    cut: bool = False,
 ) -> Checkpoint:
-    """The checkpoint, its tensors checked against those that the model takes."""
+    """The checkpoint, its tensors checked against those that the model takes; `cut`: of the configuration's layers alone."""
     found: dict[str, Form] = dict(locate_tensors(directory) if sparing else tensor_forms(directory))
+    if cut:
+        found = {name: form for name, form in found.items() if layer_of(name) < config.num_hidden_layers}
     held = held_dtype(dtypes[0], config, found)
     weight = weight_of(config, directory, held, sparing, coarse)
     if config.tie_word_embeddings and EMBEDDING in found:
@@ -155,6 +180,12 @@ def look_at(
     names = check_tensors(wanted, shapes, f"the checkpoint in {directory}", (*UNUSED_ENTRIES, *weight.unused))
     compute = compute_dtype(dtypes[1], held, device)
     return Checkpoint(directory, config, {name: found[name] for name in names}, pieces, matrices, weight, held, compute)
+
+
+def layer_of(name: str) -> int:
+    """The layer that a tensor belongs to; -1 of those outside the layers."""
+    parts = name.split(".")
+    return int(parts[2]) if name.startswith("model.layers.") else -1
 
 
 def piece_of(layer: int, matrix: str, part: str, form: Form, weight: Weight) -> Piece:

@@ -2,14 +2,14 @@
 
 A few layers of the checkpoint are held, as a run under a budget holds them, and driven through the engine's own steps: passes of several
 widths through one layer and through all of them (their difference is a layer, the rest of the shorter one what a pass takes beside its
-layers), an adapter with the head, the head alone, and whole steps of plain decoding (what is left of them is the engine's own). The
-reader streams the checkpoint's matrices by itself. All of it is a matter of seconds.
+layers), the layers' coarse form where the weights have one, an adapter with the head, the head alone, and whole steps of plain decoding
+(what is left of them is the engine's own). The reader streams the checkpoint's matrices by itself. All of it is a matter of seconds.
 
-A profile holds for one processor, number of threads, pair of dtypes, storage, shape of the model and version of this measurement, and for
-nothing else. The flash's rate alone would hold for another model on the same storage too, but costs no second to measure again.
+A profile holds for one processor, number of threads, pair of dtypes, storage, shape of the model and kind of its weights, and version of
+this measurement, and for nothing else. The flash's rate alone would hold for another model on the same storage too, but costs no second
+to measure again.
 """
 
-import copy
 import hashlib
 import itertools
 import json
@@ -18,7 +18,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,19 +27,16 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cats import engine
 from cats.adapter import AdapterModel
 from cats.cats_model import MultiAdapterCATSModel
-from cats.checkpoint import TensorPlace, load_strictly, tensor_forms
+from cats.checkpoint import TensorPlace
 from cats.config import GenerationConfig
-from cats.dtypes import narrowest
-from cats.earlyexit import EarlyExitLlamaForCausalLM
-from cats.embedding import Embedding
 from cats.kernels import why_not
-from cats.linear import WorkSpace, replace_projections
+from cats.loading import EMBEDDING, HEAD, Checkpoint, load_first_layers
 from cats.methods.autoregressive import Autoregressive, AutoregressiveConfig
+from cats.planning.plan import COARSE
 from cats.planning.profile import MachineProfile, Table, load_machine, save_machine, seconds_for
 from cats.runtime.link import Link
 from cats.runtime.streamer import Streamed, Streamer, ring_for
@@ -47,6 +44,7 @@ from cats.smollm2 import Report, cache_directory
 from cats.state import Cycle, DecodeState
 
 ROWS = (1, 2, 6, 11, 20, 40)
+COARSE_ROWS = (1, 8, 32)
 CONTEXT = 128
 """Positions in the caches while passes are timed."""
 ROUNDS = 5
@@ -68,33 +66,33 @@ class Subject:
     """What is measured.
 
     Attributes:
-        directory: of the checkpoint; `places` says where its tensors lie.
-        held, compute: the pair of dtypes (cats/dtypes.py).
+        places: where the checkpoint's tensors lie.
         adapter: directory and exit of the adapter that is timed, and its bytes; None where there is none.
         room: bytes of weights that may be held while measuring; None sets no limit.
+        coarse: a copy to draft with that is made when the checkpoint is loaded (`MemoryOptions.coarse`).
     """
 
-    directory: Path
-    config: PretrainedConfig
+    checkpoint: Checkpoint
     places: Mapping[str, TensorPlace]
-    held: torch.dtype
-    compute: torch.dtype
     device: torch.device
     adapter: tuple[Path, int] | None
     adapter_bytes: int
     room: int | None
+    coarse: str | None = None
 
     @property
     def key(self) -> dict[str, Any]:
         """What a profile holds for."""
+        checkpoint, config = self.checkpoint, self.checkpoint.config
         layer = {name: list(place.shape) for name, place in self.places.items() if name.startswith("model.layers.0.")}
         stored = sorted({str(place.dtype) for place in self.places.values()})
         return {
             "processor": processor() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "threads": torch.get_num_threads(),
-            "dtypes": [*stored, str(self.held), str(self.compute)],
+            "dtypes": [*stored, str(checkpoint.held), str(checkpoint.compute)],
             "storage": storage_of(next(iter(self.places.values())).path),
-            "model": {"layers": self.config.num_hidden_layers, "vocab": self.config.vocab_size, "layer": layer},
+            "model": {"layers": config.num_hidden_layers, "vocab": config.vocab_size, "layer": layer},
+            "coarse": self.coarse,
             "adapter_bytes": self.adapter_bytes,
             "versions": [torch.__version__, platform.python_version(), why_not() or "compiled"],
         }
@@ -102,11 +100,24 @@ class Subject:
     @property
     def layers(self) -> int:
         """Layers to hold: enough to lie beyond the processor's cache, where there is room."""
-        nbytes = {name: narrowest(place.dtype, self.held).itemsize * math.prod(place.shape) for name, place in self.places.items()}
-        layer = sum(size for name, size in nbytes.items() if name.startswith("model.layers.0."))
-        head = sum(size for name, size in nbytes.items() if not name.startswith("model.layers."))
+        checkpoint = self.checkpoint
+        layer = sum(piece.held for piece in checkpoint.pieces if piece.layer == 0)
+        outside = [name for name in (HEAD, EMBEDDING) if name in self.places]
+        head = sum(checkpoint.resting(name).itemsize * math.prod(self.places[name].shape) for name in outside)
         room = BEYOND_CACHE if self.room is None else min(BEYOND_CACHE, self.room)
-        return min(max((room - head) // layer, FEWEST_LAYERS), self.config.num_hidden_layers)
+        return min(max((room - head) // layer, FEWEST_LAYERS), checkpoint.config.num_hidden_layers)
+
+    @property
+    def has_coarse(self) -> bool:
+        """Whether the layers have a coarse form."""
+        return any(COARSE.needs(piece) for piece in self.checkpoint.pieces)
+
+    @property
+    def streamed(self) -> list[Streamed]:
+        """The layers' parts that no coarse form needs, in the order of their places: what a run that drafts with one streams."""
+        names = [name for piece, name in self.checkpoint.pieces.items() if not COARSE.needs(piece)]
+        order = [Streamed(name, self.places[name]) for name in names]
+        return sorted(order, key=lambda streamed: (str(streamed.place.path), streamed.place.offset))
 
 
 def machine_profile(subject: Subject, report: Report, again: bool = False) -> tuple[MachineProfile, bool]:
@@ -132,9 +143,20 @@ def machine_profile(subject: Subject, report: Report, again: bool = False) -> tu
 def measure(subject: Subject, report: Report = lambda what, share: None) -> MachineProfile:
     """Everything, one after the other."""
     report("measuring the flash", 0.0)
-    flash, take = reader_seconds(subject.places)
+    flash, take = reader_seconds(subject.streamed)
     report("measuring: loading layers", 0.1)
     model = first_layers(subject)
+    try:
+        tables, step = layer_seconds(subject, model, report)
+    finally:
+        model.close()
+    report("loading", 1.0)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return MachineProfile(subject.key, now, flash, take, step, **tables)
+
+
+def layer_seconds(subject: Subject, model: MultiAdapterCATSModel, report: Report) -> tuple[dict[str, Table], float]:
+    """The tables of a profile, and what a step takes outside all passes."""
     prompt = [token % model.base.config.vocab_size for token in range(min(CONTEXT, model.base.context // 2))]
     names = ("draft",) if subject.adapter else ()
     widest = min(ROWS[-1], model.base.context - len(prompt) - 2)
@@ -146,39 +168,22 @@ def measure(subject: Subject, report: Report = lambda what, share: None) -> Mach
     for place, count in enumerate(rows):
         report(f"measuring passes of {count} rows", 0.2 + 0.6 * place / len(rows))
         timed[count] = round_seconds(state, count)
-    report("measuring steps", 0.9)
     tables = tables_of(timed, model.base.layer_count)
-    step = plain_step_seconds(model, prompt, tables)
-    report("loading", 1.0)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return MachineProfile(subject.key, now, flash, take, step, **(tables if subject.adapter else {**tables, "exit_seconds": ()}))
+    if not subject.adapter:
+        tables["exit_seconds"] = ()
+    if subject.has_coarse:
+        report("measuring the coarse form", 0.8)
+        tables["coarse_layer_seconds"] = coarse_seconds(state, [count for count in COARSE_ROWS if count <= widest], tables)
+    report("measuring steps", 0.9)
+    return tables, plain_step_seconds(model, prompt, tables)
 
 
 def first_layers(subject: Subject) -> MultiAdapterCATSModel:
     """The model's first layers, resident as a budget would have them, with one adapter at exit 1."""
-    config = copy.deepcopy(subject.config)
-    config.num_hidden_layers = subject.layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: subject.layers]
-    with torch.device("meta"):
-        causal_lm: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    work = WorkSpace()
-    replace_projections(causal_lm, work)
-    wanted = causal_lm.state_dict().keys()
-    forms = {name: form for name, form in tensor_forms(subject.directory).items() if name in wanted}
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        resting = narrowest(tensor.dtype, subject.held) if tensor.dim() > 1 else subject.compute
-        return tensor.to(device=subject.device, dtype=resting, copy=True)
-
-    load_strictly(causal_lm, subject.directory, forms, f"the checkpoint in {subject.directory}", place, tied)
-    causal_lm.model.embed_tokens = Embedding(causal_lm.model.embed_tokens.weight, subject.compute)
-    base = EarlyExitLlamaForCausalLM(causal_lm, config, subject.compute, work=work, held_dtype=subject.held).eval()
-    base.compile()
-    model = MultiAdapterCATSModel(base)
+    checkpoint = subject.checkpoint
+    model = MultiAdapterCATSModel(load_first_layers(checkpoint, subject.layers, subject.device, subject.coarse))
     if subject.adapter is not None:
-        name = str(subject.held).removeprefix("torch.")
+        name = str(checkpoint.held).removeprefix("torch.")
         adapter = AdapterModel.from_pretrained(*subject.adapter, name, subject.device, sparing=True)
         adapter.exit_layer = 1
         model.add_adapter("draft", adapter)
@@ -188,13 +193,9 @@ def first_layers(subject: Subject) -> MultiAdapterCATSModel:
 def round_seconds(state: DecodeState, rows: int) -> tuple[float, ...]:
     """Medians of: one layer, adapter with head and best tokens, the other layers, norm and head."""
     device, layers = state.base.device, state.base.layer_count
-    found: list[list[float]] = []
-    begin = clock(device)
-    while len(found) <= ROUNDS and (len(found) < FEWEST_ROUNDS or clock(device) - begin < ROUNDS_SECONDS):
-        cycle = Cycle(state, depth_limit=state.base.context)
-        nodes = [0]
-        while len(nodes) < rows:
-            nodes.append(cycle.tree.add(nodes[-1], len(nodes) % state.base.config.vocab_size, "trunk"))
+
+    def timed_round() -> list[float]:
+        cycle, nodes = chain_of(state, rows)
         times = [clock(device)]
         cycle.advance(nodes, 1)
         times.append(clock(device))
@@ -206,7 +207,42 @@ def round_seconds(state: DecodeState, rows: int) -> tuple[float, ...]:
         times.append(clock(device))
         cycle.target_logits(nodes)
         times.append(clock(device))
-        found.append([after - before for before, after in itertools.pairwise(times)])
+        return [after - before for before, after in itertools.pairwise(times)]
+
+    return medians(timed_round, device)
+
+
+def coarse_seconds(state: DecodeState, counts: Sequence[int], tables: Mapping[str, Table]) -> Table:
+    """Seconds of a layer's coarse form by rows: a pass through all of them, less what a pass takes beside its layers."""
+    device, layers = state.base.device, state.base.layer_count
+    found = []
+    for rows in counts:
+
+        def timed_round(rows: int = rows) -> list[float]:
+            cycle, nodes = chain_of(state, rows)
+            begin = clock(device)
+            cycle.advance(nodes, layers, COARSE)
+            return [clock(device) - begin]
+
+        whole = medians(timed_round, device)[0]
+        found.append((rows, max(whole - seconds_for(tables["pass_seconds"], rows), 0.0) / layers))
+    return tuple(found)
+
+
+def chain_of(state: DecodeState, rows: int) -> tuple[Cycle, list[int]]:
+    """A step in the making, with a chain of so many nodes."""
+    cycle, nodes = Cycle(state, depth_limit=state.base.context), [0]
+    while len(nodes) < rows:
+        nodes.append(cycle.tree.add(nodes[-1], len(nodes) % state.base.config.vocab_size, "trunk"))
+    return cycle, nodes
+
+
+def medians(timed_round: Callable[[], list[float]], device: torch.device) -> tuple[float, ...]:
+    """Of each of the figures of several rounds, the first of which is left out."""
+    found: list[list[float]] = []
+    begin = clock(device)
+    while len(found) <= ROUNDS and (len(found) < FEWEST_ROUNDS or clock(device) - begin < ROUNDS_SECONDS):
+        found.append(timed_round())
     return tuple(statistics.median(column) for column in zip(*found[1:], strict=True))
 
 
@@ -233,10 +269,8 @@ def plain_step_seconds(model: MultiAdapterCATSModel, prompt: list[int], tables: 
     return max(whole - known - seconds_for(tables["head_seconds"], 1), 0.0)
 
 
-def reader_seconds(places: Mapping[str, TensorPlace]) -> tuple[float, float]:
-    """Bytes per second of the reader over the layers' matrices, and seconds of taking one that has arrived."""
-    order = [Streamed(name, place) for name, place in places.items() if name.startswith("model.layers.") and len(place.shape) == 2]
-    order.sort(key=lambda streamed: (str(streamed.place.path), streamed.place.offset))
+def reader_seconds(order: Sequence[Streamed]) -> tuple[float, float]:
+    """Bytes per second of the reader over these matrices, and seconds of taking one that has arrived."""
     streamer = Streamer(order, ring_for(order, RING_BUFFERS), Link())
     try:
         begin, done, taken = time.perf_counter(), 0, 0

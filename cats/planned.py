@@ -1,8 +1,10 @@
-"""Loading under a budget without naming a method: what the loaded adapters allow is priced on this machine, and the fastest is taken.
+"""Loading under a budget without naming a method: what weights and adapters allow is priced on this machine, and the fastest is taken.
 
-The parts: accepted lengths from `acceptance.json` beside the adapters, seconds from `cats/machine.py`, memory from the plan that
-loading itself makes, the choice from `cats/planning`. Without measured accepted lengths there is nothing to choose by, so the method
-that these adapters have without a budget is kept, nothing is measured, and the plan says so.
+The parts: accepted lengths from `acceptance.json` in the model's directory and beside the adapters, seconds from `cats/machine.py`, memory
+from the plan that loading itself makes, the choice from `cats/planning`. Weights with a coarse form (nested ones, or an int8 copy) can
+draft with it; where that was not measured, an accepted length is assumed, and the plan says so. Without accepted lengths and without a
+coarse form there is nothing to choose by, so the method that these adapters have without a budget is kept, nothing is measured, and the
+plan says so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,17 +20,21 @@ from cats.checkpoint import TensorPlace, locate_tensors
 from cats.config import MemoryOptions, MethodConfig, require
 from cats.loading import Checkpoint, checkpoint_of, demand_of, sizes_of_checkpoint
 from cats.machine import Subject, machine_profile
-from cats.methods import METHODS, best_method, method_of, needs_of, with_needs
+from cats.methods import CLASSES, METHODS, best_method, method_of, needs_of, with_needs
 from cats.methods.autoregressive import AutoregressiveConfig
+from cats.methods.nested import ASSUMED_ACCEPTED, NestedConfig
+from cats.planning.plan import COARSE
 from cats.planning.planner import Choice, Option, choose
 from cats.planning.profile import AcceptancePoint, AcceptanceProfile, load_acceptance
 from cats.runtime.budget import GROWTH, interpreter_bytes
 from cats.settings import flag_of, settings_of
 from cats.smollm2 import Report
-from cats.weight import Plain
+from cats.weight import has_coarse
 
 ACCEPTANCE_FILE = "acceptance.json"
 PLAIN = AcceptancePoint(AutoregressiveConfig(), (), 1.0, 1.0)
+ASSUMED = AcceptancePoint(NestedConfig(steps=20, adaptive=False), (), ASSUMED_ACCEPTED, 21.0)
+"""What stands for nested weights, and for an int8 copy, that nobody measured."""
 Place = tuple[Path, int | None]
 
 
@@ -58,6 +64,7 @@ class LoadPlan:
         choice: the predictions; None where nothing could be predicted.
         reason: why this method, in one sentence.
         measured_now: whether the machine was measured for it, and not before.
+        without_copy: whether a coarse copy was asked for and is not held, since the method does not draft with it.
     """
 
     method: MethodConfig
@@ -66,6 +73,7 @@ class LoadPlan:
     choice: Choice | None
     reason: str
     measured_now: bool = False
+    without_copy: bool = False
 
     @property
     def lines(self) -> tuple[str, str]:
@@ -86,11 +94,13 @@ class Loading:
     """What is to be loaded, read as far as planning needs it: a configuration, places of tensors, adapters.
 
     Attributes:
+        checkpoint: with the coarse copy that was asked for; `plain` is without it, for methods that need none.
         adapters: candidates by name ("draft", "shallow") with their sizes, but without weights; the first of each is what is used where
             nothing is planned.
     """
 
     checkpoint: Checkpoint
+    plain: Checkpoint
     places: Mapping[str, TensorPlace]
     device: torch.device
     memory: MemoryOptions
@@ -107,6 +117,7 @@ class Loading:
     ) -> "Loading":
         """Read it; whatever is missing or damaged raises `CatsError`."""
         checkpoint = checkpoint_of(directory, dtypes, device, memory.coarse)
+        plain = checkpoint if memory.coarse is None else checkpoint_of(directory, dtypes, device)
         read = {
             name: [
                 ((path, model.exit_layer), model)
@@ -116,15 +127,28 @@ class Loading:
             for name, candidates in adapters.items()
             if candidates
         }
-        return cls(checkpoint, locate_tensors(directory), device, memory, read)
+        return cls(checkpoint, plain, locate_tensors(directory), device, memory, read)
+
+    @property
+    def has_coarse(self) -> bool:
+        """Whether there is a coarse form to draft with."""
+        return has_coarse(self.checkpoint.config, self.memory.coarse)
+
+    def points(self, profile: AcceptanceProfile) -> Iterator[AcceptancePoint]:
+        """Plain decoding, what was measured, and what is assumed of a coarse form that was not."""
+        yield PLAIN
+        yield from (point for point in profile.points if point.method != PLAIN.method)
+        if self.has_coarse and not any(point.method.name == ASSUMED.method.name and point.method.priced for point in profile.points):
+            yield ASSUMED
 
     def options(self, profile: AcceptanceProfile, settings: Mapping[str, Any]) -> Iterator[Option]:
-        """Every measured way to run that the adapters allow and that agrees with the settings; plain decoding, which has none, first."""
+        """Every way to run that weights and adapters allow and that agrees with the settings; plain decoding, which has none, first."""
         interpreter = interpreter_bytes()
-        for point in (PLAIN, *profile.points):
-            if not point.method.priced or (point.method == PLAIN.method and point is not PLAIN):
+        for point in self.points(profile):
+            method = point.method
+            if not method.priced or CLASSES[method.name].lacks(method, self.checkpoint.config, self.memory.coarse) is not None:
                 continue
-            if any(getattr(point.method, name, None) != value for name, value in settings.items()):
+            if any(getattr(method, name, None) != value for name, value in settings.items()):
                 continue
             used = self.chosen(point)
             if used is not None:
@@ -145,18 +169,18 @@ class Loading:
 
     def option(self, point: AcceptancePoint, adapters: Sequence[AdapterModel], interpreter: int) -> Option:
         """What the point asks of memory, as loading will ask it."""
-        demand = demand_of(with_needs(self.memory, point.method), self.checkpoint, adapters, interpreter, table=self.device.type == "cuda")
-        return Option(point, sizes_of_checkpoint(self.checkpoint, adapters), demand)
+        memory = memory_for(self.memory, point.method)
+        checkpoint = self.plain if memory.coarse is None else self.checkpoint
+        demand = demand_of(memory, checkpoint, adapters, interpreter, table=self.device.type == "cuda")
+        return Option(point, sizes_of_checkpoint(checkpoint, adapters), demand, assumed=point is ASSUMED)
 
     def subject(self) -> Subject:
         """What is measured of the machine."""
-        checkpoint = self.checkpoint
         timed = next((candidates[0] for candidates in self.adapters.values()), None)
         adapter, nbytes = (None, 0) if timed is None else ((timed[0][0], int(timed[1].exit_layer or 0)), timed[1].nbytes)
         budget = self.memory.budget_bytes if self.memory.covers == "process" else None
         room = None if budget is None else budget - int(psutil.Process().memory_info().rss) - GROWTH
-        places, held, compute = self.places, checkpoint.held, checkpoint.compute
-        return Subject(checkpoint.directory, checkpoint.config, places, held, compute, self.device, adapter, nbytes, room)
+        return Subject(self.checkpoint, self.places, self.device, adapter, nbytes, room, self.memory.coarse)
 
 
 def plan_load(loading: Loading, planning: Planning) -> LoadPlan:
@@ -166,6 +190,8 @@ def plan_load(loading: Loading, planning: Planning) -> LoadPlan:
         CatsError: nothing fits the budget, or something is missing or damaged.
     """
     profile, settings, memory = acceptance_beside(loading), planning.settings, loading.memory
+    if profile is None and loading.has_coarse:
+        profile = AcceptanceProfile(())
     if profile is None:
         where = f"no {ACCEPTANCE_FILE} lies beside the adapters" if loading.adapters else "there are no adapters"
         reason = f"{where}, so it is not known how much each method is accepted"
@@ -173,8 +199,6 @@ def plan_load(loading: Loading, planning: Planning) -> LoadPlan:
     if settings and not any(True for _ in loading.options(profile, settings)):
         given = ", ".join(f"{name} {value}" for name, value in settings.items())
         return default_plan(loading, settings, f"no accepted length was measured with {given}")
-    if type(loading.checkpoint.weight) is not Plain:
-        return default_plan(loading, settings, "the machine's speed is known for plain weights only")
     machine, measured_now = machine_profile(loading.subject(), planning.report, planning.again)
     if memory.flash_bandwidth is not None:
         machine = replace(machine, flash_bytes_per_second=min(machine.flash_bytes_per_second, memory.flash_bandwidth))
@@ -182,14 +206,16 @@ def plan_load(loading: Loading, planning: Planning) -> LoadPlan:
     choice = choose(options, machine, memory.budget_bytes or 0, memory.covers, memory.ring_buffers)
     best = choice.best.option
     used = {name: place for name, (place, _) in (loading.chosen(best.point) or {}).items()}
-    settled = replace(with_needs(memory, best.point.method), ring_buffers=choice.ring_buffers)
-    return LoadPlan(best.point.method, used, settled, choice, choice.reason, measured_now)
+    settled = replace(memory_for(memory, best.point.method), ring_buffers=choice.ring_buffers)
+    dropped = settled.coarse != memory.coarse
+    reason = choice.reason + (f"; the {memory.coarse} copy is not held" if dropped else "")
+    return LoadPlan(best.point.method, used, settled, choice, reason, measured_now, dropped)
 
 
 def default_plan(loading: Loading, settings: Mapping[str, Any], reason: str) -> LoadPlan:
     """What these adapters do without a budget, with the settings that were given."""
     first = {name: candidates[0][0] for name, candidates in loading.adapters.items()}
-    config_class = METHODS[best_method(first)]
+    config_class = METHODS[best_method(first, loading.has_coarse, settings)]
     for name in settings:
         require(
             name in settings_of(config_class),
@@ -197,14 +223,24 @@ def default_plan(loading: Loading, settings: Mapping[str, Any], reason: str) -> 
         )
     method = config_class(**settings)
     used = {name: first[name] for name in needs_of(method).adapters}
-    return LoadPlan(method, used, with_needs(loading.memory, method), None, reason)
+    memory = memory_for(loading.memory, method)
+    return LoadPlan(method, used, memory, None, reason, without_copy=memory.coarse != loading.memory.coarse)
+
+
+def memory_for(memory: MemoryOptions, method: MethodConfig) -> MemoryOptions:
+    """The options with room for what the method needs; a coarse copy is made only where something drafts with it."""
+    drafts = COARSE in (*memory.views, *needs_of(method).views)
+    return with_needs(memory if drafts else replace(memory, coarse=None), method)
 
 
 def acceptance_beside(loading: Loading) -> AcceptanceProfile | None:
-    """The profile that lies beside an adapter, the draft's first; a damaged one raises `CatsError`."""
-    for candidates in loading.adapters.values():
-        for (path, _), _ in candidates:
-            found = path.resolve().parent / ACCEPTANCE_FILE
-            if found.is_file():
-                return load_acceptance(found, method_of)
-    return None
+    """What the profiles in the model's directory and beside an adapter, the draft's first, say; the model's own goes before.
+
+    A damaged profile raises `CatsError`; None where there is none.
+    """
+    adapters = [path.resolve().parent for candidates in loading.adapters.values() for (path, _), _ in candidates]
+    places = [place / ACCEPTANCE_FILE for place in (loading.checkpoint.directory, *adapters)]
+    found = [place for place in dict.fromkeys(places) if place.is_file()]
+    profiles = [load_acceptance(place, method_of) for place in (found[:2] if found[:1] == places[:1] else found[:1])]
+    points = {(point.method, point.exits): point for profile in reversed(profiles) for point in profile.points}
+    return AcceptanceProfile(tuple(points.values()), tuple(note for profile in profiles for note in profile.notes)) if profiles else None

@@ -1,20 +1,25 @@
 """What the planner knows of a model's methods: accepted lengths from a table of `evaluation.acceptance_table`, beside the adapters.
 
     python -m evaluation.acceptance_profile evaluation/results/acceptance.json --adapters data/smollm2-135m/adapters
+    python -m evaluation.acceptance_profile nested.json --model-path NESTED
 
-Writes `acceptance.json` into the folder that holds the adapters, one point per method and exits: tokens and nodes per target pass,
-over all benches of the table together. Exits are those of the table, or else what the adapter of that name in the folder says.
+Writes `acceptance.json` into the folder that holds the adapters, or into the model's directory (nested weights bring their own drafter),
+one point per method and exits: tokens and nodes per target pass, over all benches of the table together. Exits are those of the table,
+or else what the adapter of that name in the folder says. Left out are methods that the planner cannot price and those that read a file
+which has a place on one machine only; tables of sampled answers are refused, since the planner predicts greedy ones.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cats.adapter import read_adapter_config
 from cats.cli.command import CommandParser, exit_with_sentence
+from cats.config import MethodConfig
 from cats.errors import CatsError
 from cats.methods import method_of, needs_of
 from cats.planned import ACCEPTANCE_FILE
@@ -26,7 +31,7 @@ def profile_of(cells: Iterable[Mapping[str, Any]], folder: Path) -> AcceptancePr
     pooled: dict[tuple[Any, tuple[int, ...]], list[Mapping[str, Any]]] = {}
     for cell in cells:
         method = method_of(cell["settings"]["method"])
-        if method.priced and cell["summary"]["steps"]:
+        if method.priced and cell["summary"]["steps"] and not has_place(method):
             exits = tuple(exit_of(cell["settings"]["adapters"][name], folder) for name in needs_of(method).adapters)
             pooled.setdefault((method, exits), []).append(cell)
     points = []
@@ -37,8 +42,13 @@ def profile_of(cells: Iterable[Mapping[str, Any]], folder: Path) -> AcceptancePr
         )
         points.append(AcceptancePoint(method, exits, round(accepted, 4), round(nodes, 2)))
     if not points:
-        raise CatsError("the table has no method that the planner can price; measure prompt_lookup, kangaroo or cascade.")
+        raise CatsError("the table has no method that the planner can price; measure prompt_lookup, kangaroo, cascade or nested.")
     return AcceptanceProfile(tuple(points), (notes_of(list(cells)),))
+
+
+def has_place(method: MethodConfig) -> bool:
+    """Whether a setting names a file or a directory."""
+    return any(isinstance(getattr(method, setting.name), Path) for setting in fields(method))
 
 
 def exit_of(adapter: Mapping[str, Any], folder: Path) -> int:
@@ -67,19 +77,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m evaluation.acceptance_profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", type=Path, nargs="+", help="result files of evaluation.acceptance_table, of one model")
-    parser.add_argument("--adapters", type=Path, required=True, help="the folder that holds the adapters; the profile is written there")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--adapters", type=Path, help="the folder that holds the adapters; the profile is written there")
+    where.add_argument(
+        "--model-path", type=Path, help="the directory of a model that drafts without adapters; the profile is written there"
+    )
     args = parser.parse_args(argv)
-    if not args.adapters.is_dir():
-        raise CatsError(f"there is no directory {args.adapters}; give the folder that holds the adapters.")
+    folder = args.adapters or args.model_path
+    if not folder.is_dir():
+        raise CatsError(f"there is no directory {folder}; give the folder that holds the adapters, or the model's.")
     try:
         cells = [cell for table in args.tables for cell in json.loads(table.read_text(encoding="utf-8"))["cells"]]
         models = {cell["settings"]["model"]["weights"] for cell in cells}
-        profile = profile_of(cells, args.adapters) if len(models) == 1 else None
+        sampled = any(cell["settings"].get("temperature") for cell in cells)
+        profile = profile_of(cells, folder) if len(models) == 1 and not sampled else None
     except (ValueError, KeyError, TypeError) as error:
         raise CatsError(f"{args.tables[0]} is no table of evaluation.acceptance_table ({type(error).__name__}: {error}).") from error
+    if sampled:
+        raise CatsError("the tables hold sampled answers, and the planner predicts greedy ones; give tables made without --temperature.")
     if profile is None:
         raise CatsError(f"the tables are of {len(models)} models; give those of one.")
-    save_acceptance(profile, args.adapters / ACCEPTANCE_FILE)
+    save_acceptance(profile, folder / ACCEPTANCE_FILE)
     for point in profile.points:
         sys.stdout.write(f"{point.accepted:6.3f}  {point.method.label(point.exits)}\n")
 

@@ -1,7 +1,6 @@
 """Checkpoints become nested and themselves again, whatever interrupts the work; what is damaged or unsuited is refused."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from cats.cli.nest import main
 from cats.loading import checkpoint_of, sizes_of_checkpoint
 from cats.nested import conversion
 from cats.nested.growing import Making, part_directory
-from cats.planning.profile import AcceptancePoint, AcceptanceProfile, save_acceptance
 from tests.tiny_models import FAMILIES, TinyModel
 from tests.weight_kinds import options_of, rewritten
 
@@ -271,20 +269,6 @@ def test_work_space_is_granted_for_the_largest_matrix_that_is_decoded(nested: Pa
         assert found - expected == nbytes * 32 * 48
     copied = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", float32, cpu, "int8"), adapters).widen_bytes
     assert copied - plain == 4 * 32 * 48
-
-
-def test_a_planned_load_does_what_adapters_do_by_default(tiny: Tiny, nested: Path, tmp_path: Path) -> None:
-    """The machine is measured with plain weights, so nothing is predicted of others."""
-    for name in ("draft", "shallow"):
-        shutil.copytree(getattr(tiny("llama"), name), tmp_path / "adapters" / name)
-    save_acceptance(
-        AcceptanceProfile((AcceptancePoint(cats.AutoregressiveConfig(), (), 1.0, 1.0),)), tmp_path / "adapters" / "acceptance.json"
-    )
-    adapters = {"draft": tmp_path / "adapters" / "draft", "shallow": tmp_path / "adapters" / "shallow"}
-    model = cats.load(nested, adapters, memory=cats.MemoryOptions(200_000, "weights"))
-    assert model.plan is not None
-    assert model.plan.method.name == "cascade"
-    assert "for plain weights only" in model.plan.reason
 
 
 def test_the_command_says_what_it_needs(tiny: Tiny, tmp_path: Path) -> None:

@@ -262,6 +262,18 @@ def test_a_table_of_accepted_lengths_becomes_a_profile(tiny: Tiny, tmp_path: Pat
         summary = {"steps": steps, "accepted_length": accepted, "nodes_per_step": 6.0 + accepted}
         return {"settings": settings | {"dtype": "float32", "max_new_tokens": 64}, "summary": summary}
 
+    nested = {"name": "nested", "steps": 20, "draft": "coarse", "adaptive": False, "siblings": 0, "total_tokens": -1}
+    (tmp_path / "model").mkdir()
+    cells = [cell("mtbench", nested, {}, 50, 11.0), cell("mtbench", {**nested, "adaptive": True}, {}, 50, 9.0)]
+    cells += [cell("mtbench", {"name": "rest", "datastore": "/some/place"}, {}, 50, 1.5)]
+    (tmp_path / "table.json").write_text(json.dumps({"cells": cells}))
+    acceptance_profile.main([str(tmp_path / "table.json"), "--model-path", str(tmp_path / "model")])
+    assert capsys.readouterr().out == "11.000  nested, 20 steps\n"
+    cells[0]["settings"]["temperature"] = 0.7
+    (tmp_path / "table.json").write_text(json.dumps({"cells": cells}))
+    with pytest.raises(SystemExit):
+        acceptance_profile.main([str(tmp_path / "table.json"), "--model-path", str(tmp_path / "model")])
+    assert "sampled answers" in capsys.readouterr().err
     cells = [cell("mtbench", chain, used, 100, 3.0), cell("gsm8k", chain, used, 300, 4.0)]
     cells += [cell("mtbench", {"name": "eagle_self"}, {"draft": used["draft"]}, 9, 2.0)]
     (tmp_path / "table.json").write_text(json.dumps({"cells": cells}))

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 import cats
-from cats import AutoregressiveConfig, CascadeConfig, KangarooConfig, MethodConfig, PromptLookupConfig
+from cats import (
+    AutoregressiveConfig,
+    CascadeConfig,
+    KangarooConfig,
+    LookaheadConfig,
+    MedusaConfig,
+    MethodConfig,
+    NestedConfig,
+    PromptLookupConfig,
+)
 from cats.errors import BudgetError, CatsError
 from cats.methods import method_of
 from cats.planning.cost import Work, cycle_seconds, read_ahead, work_of
@@ -115,7 +124,7 @@ def test_cost_by_hand() -> None:
     machine = replace(MACHINE, flash_bytes_per_second=float(memory.streamed_bytes), take_seconds=0.0)  # one pass a second
     assert cycle_seconds(sizes, memory, machine, Work(0.0, 0.0, 0.0, 0.0)).total == pytest.approx(1.0)
     late = cycle_seconds(sizes, memory, machine, Work(3.0, 2.0, 0.0, 0.0))
-    assert late.total == pytest.approx(5 + 1 - read_ahead(sizes, memory) / memory.streamed_bytes)
+    assert late.total == pytest.approx(5 + 1 - read_ahead(memory) / memory.streamed_bytes)
     busy = cycle_seconds(sizes, memory, machine, Work(1.0, 1.0, 9.0, 1.0))
     assert (busy.total, busy.stream_wait) == pytest.approx((12.0, 0.0))
     taking = cycle_seconds(sizes, memory, replace(machine, take_seconds=0.5), Work(1.0, 1.0, 9.0, 1.0))
@@ -131,19 +140,43 @@ def test_cost_by_hand() -> None:
         (CascadeConfig(steps=3), ("draft", "shallow")),
         (CascadeConfig(steps=4, tree_topk=3, total_tokens=24), ("draft", "shallow")),
         (CascadeConfig(steps=3, tree_topk=4, total_tokens=30, sv_passes=2), ("draft", "shallow")),
+        (LookaheadConfig(window=3, levels=4, guesses=2), ()),
+        (NestedConfig(steps=6, adaptive=False), ()),
+        (NestedConfig(steps=6, adaptive=False, siblings=2), ()),
     ],
 )
 def test_a_cycle_is_priced_with_the_passes_that_the_engine_makes(
     tiny: Callable[[str], TinyModel], method: MethodConfig, needed: tuple[str, ...]
 ) -> None:
     """A machine on which a layer takes a second, whatever the rows, and all else nothing: seconds are layer passes."""
-    model = cats.load(tiny("llama").base, {name: tiny("llama").adapters[name] for name in needed})
+    memory = cats.MemoryOptions(coarse="int8") if method.name == "nested" else None
+    model = cats.load(tiny("llama").base, {name: tiny("llama").adapters[name] for name in needed}, memory=memory)
     config = cats.GenerationConfig(max_new_tokens=48, eos_token_ids=())
     traces = cats.generate(model, prompts(1, 20, seed=3)[0], method, config).traces[1:]
     usual, nodes = Counter((trace.layer_passes, trace.nodes) for trace in traces).most_common(1)[0][0]
     machine = replace(MACHINE, step_seconds=0.0, pass_seconds=((1, 0.0),), layer_seconds=((1, 1.0),), head_seconds=((1, 0.0),))
     point = AcceptancePoint(method, (DRAFT_EXIT, SHALLOW_EXIT)[: len(needed)], 2.0, nodes)
-    assert work_of(point, LAYERS, replace(machine, exit_seconds=((1, 0.0),))).total == usual
+    machine = replace(machine, exit_seconds=((1, 0.0),), coarse_layer_seconds=((1, 1.0),))
+    assert work_of(point, LAYERS, machine).total == pytest.approx(usual)
+
+
+def test_passes_of_the_coarse_form_cost_what_they_read() -> None:
+    """Of matrices whose exact form stands for the coarse one, the exact form."""
+    machine = replace(
+        MACHINE, pass_seconds=((1, 0.0),), layer_seconds=((1, 2.0),), head_seconds=((1, 0.5),), coarse_layer_seconds=((1, 1.0),)
+    )
+    machine = replace(machine, exit_seconds=((1, 0.25),), step_seconds=0.0)
+    chain = AcceptancePoint(NestedConfig(steps=4, adaptive=False), (), 3.0, 5.0)
+    assert [work_of(chain, 10, machine, share).draft for share in (1.0, 0.5, 0.0)] == pytest.approx([42.0, 62.0, 82.0])
+    assert (work_of(chain, 10, machine).layers, work_of(chain, 10, machine).rest) == (20.0, 0.5)
+    batches = AcceptancePoint(NestedConfig(steps=4, adaptive=False, draft="lookup"), (), 3.0, 5.0)
+    assert work_of(batches, 10, machine).draft == pytest.approx(21.0)
+    drafted = AcceptancePoint(NestedConfig(steps=4, adaptive=False, draft="adapter"), (3,), 3.0, 5.0)
+    assert work_of(drafted, 10, machine).draft == pytest.approx(21.0 + 2 * 8 * (3.0 + 0.25))
+    assert work_of(AcceptancePoint(MedusaConfig(depth=3), (), 2.0, 64.0), 10, machine).draft == 0.5
+    assert not NestedConfig().priced
+    with pytest.raises(ValueError, match="cost of a cycle of nested is not known"):
+        work_of(AcceptancePoint(NestedConfig(), (), 3.0, 5.0), 10, machine)
 
 
 def test_seconds_between_and_beyond_the_measured_rows() -> None:

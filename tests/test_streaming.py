@@ -74,7 +74,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @cache
 def streamed(tiny: TinyModel, memory: cats.MemoryOptions, kind: str = "plain") -> cats.MultiAdapterCATSModel:
-    return cats.load(of_kind(tiny.base, kind), tiny.adapters, dtype="float32", memory=options_of(kind, memory))
+    return cats.load(of_kind(tiny.base, kind), tiny.adapters, dtype="float32", memory=options_of(kind, memory), plan=None)
 
 
 @cache
@@ -210,7 +210,7 @@ def test_a_failure_in_the_middle_of_a_pass_leaves_the_stream_usable(tiny: Tiny, 
 def test_a_file_changed_between_answers_is_noticed(tiny: Tiny, tmp_path: Path, kind: str, memory: cats.MemoryOptions) -> None:
     """Also where every layer is held: rows of the embedding table are still read."""
     base = rewritten(tiny("llama").base, kind, tmp_path, STORED.get(kind, torch.float32))
-    model = cats.load(base, memory=options_of(kind, memory))
+    model = cats.load(base, memory=options_of(kind, memory), plan=None)
     run(model, "autoregressive")
     os.utime(base / "model.safetensors", ns=(1, 1))
     with pytest.raises(cats.CatsError, match="was changed or replaced while"):

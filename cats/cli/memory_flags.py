@@ -30,15 +30,15 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ledger", action="store_true", help="print what the budget is spent on")
 
 
-def memory_options(args: argparse.Namespace, max_new_tokens: int, methods: Iterable[MethodConfig]) -> MemoryOptions | None:
+def memory_options(args: argparse.Namespace, max_new_tokens: int, methods: Iterable[MethodConfig] | None) -> MemoryOptions | None:
     """The options that were given; None where none was. Contradictions raise `CatsError`.
 
     Args:
-        methods: to be run; the options have room for what any of them grows, drafts with and holds.
+        methods: to be run; the options have room for what any of them grows, drafts with and holds. None: the planner will choose.
     """
-    methods = tuple(methods)
+    planned, methods = methods is None, tuple(methods or ())
     given = args.memory_budget is not None or args.no_pinning
-    if args.coarse is not None:
+    if args.coarse is not None and not planned:
         check_coarse(methods)
     if not given:
         for flag in ("budget_covers", "flash_bandwidth", "ring_buffers", "budget_positions"):

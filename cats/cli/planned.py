@@ -66,7 +66,7 @@ def load_planned(
 
 def planned_memory(arguments: argparse.Namespace) -> MemoryOptions:
     """The options that were given, with what was not left to the planner."""
-    memory = memory_options(arguments, arguments.max_new_tokens, [])
+    memory = memory_options(arguments, arguments.max_new_tokens, None)
     return replace(memory or MemoryOptions(), ring_buffers=arguments.ring_buffers)
 
 

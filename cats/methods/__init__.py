@@ -87,8 +87,10 @@ def small_shapes() -> dict[str, MethodConfig]:
     return {name: config for cls in CLASSES.values() for name, config in cls.shapes.items()}
 
 
-def best_method(adapters: Collection[str]) -> str:
-    """Name of the method that gets most out of these adapters."""
-    if {"draft", "shallow"} <= set(adapters):
-        return "cascade"
-    return "kangaroo" if "draft" in adapters else "prompt_lookup"
+def best_method(adapters: Collection[str], coarse: bool = False, settings: Iterable[str] = ()) -> str:
+    """Name of the method that gets most out of these adapters; where it lacks one of the settings, of a coarse form that has them all."""
+    best = "prompt_lookup"
+    if "draft" in adapters:
+        best = "cascade" if "shallow" in adapters else "kangaroo"
+    has_all = {name: set(settings) <= settings_of(METHODS[name]).keys() for name in (best, "nested")}
+    return "nested" if coarse and has_all["nested"] and not has_all[best] else best

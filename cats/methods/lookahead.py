@@ -23,6 +23,7 @@ import torch
 from cats.acceptance import Verdict
 from cats.config import MethodConfig
 from cats.methods.base import Method, Preset
+from cats.planning.cost import Passes, Work
 from cats.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class LookaheadConfig(MethodConfig):
     pool_from_prompt: bool = field(
         default=False, metadata={"help": "enter the n-grams of prompt and answer into the pool as well, as prompt lookup would find them"}
     )
+
+    def work(self, passes: Passes, exits: tuple[int, ...], layers: int, nodes: float) -> Work:
+        """See `MethodConfig`; the window's cells are among the nodes."""
+        return passes.target(nodes, layers)
 
 
 class NgramPool:

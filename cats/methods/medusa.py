@@ -15,6 +15,7 @@ import torch
 from cats.config import MethodConfig
 from cats.errors import CatsError
 from cats.methods.base import Method, Needs, Preset
+from cats.planning.cost import Passes, Work
 from cats.static_tree import Path as Ranks
 from cats.static_tree import best_tree
 
@@ -50,6 +51,10 @@ class MedusaConfig(MethodConfig):
     def label(self, exits: tuple[int, ...]) -> str:
         """See `MethodConfig`."""
         return f"Medusa, {self.nodes} nodes"
+
+    def work(self, passes: Passes, exits: tuple[int, ...], layers: int, nodes: float) -> Work:
+        """See `MethodConfig`; a head is a row of the base's lm_head, its own matrix is not priced."""
+        return passes.target(nodes, layers, passes.head(self.depth))
 
     @property
     def directory(self) -> Path | None:

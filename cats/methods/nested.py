@@ -26,6 +26,7 @@ from cats.methods.drafting import TOTAL_TOKENS
 from cats.methods.nested_growth import PROPOSED, Growth
 from cats.methods.pacing import CycleCost, Pacing
 from cats.methods.prompt_lookup import NgramIndex
+from cats.planning.cost import Passes, Work
 from cats.planning.plan import COARSE, EXACT
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 LONGEST_NGRAM = 3
 """Looked up in the text so far."""
+ADDED_BY_BATCH = 2.0
+"""Assumed by the planner: tokens that a batch of proposals adds to the trunk, the coarse form's own among them."""
+ASSUMED_ACCEPTED = 11.0
+"""Assumed by the planner where nothing was measured: tokens a cycle of a chain of 20, drafted with eight coarse bits a weight."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,25 @@ class NestedConfig(MethodConfig):
         length = f"up to {self.steps} steps" if self.adaptive else f"{self.steps} steps"
         drafts = {"coarse": "", "lookup": ", prompt lookup first", "adapter": f", drafted at exit {', '.join(map(str, exits))}"}[self.draft]
         return f"nested, {length}{drafts}" + (f", {self.siblings} siblings" if self.siblings else "")
+
+    @property
+    def priced(self) -> bool:
+        """See `MethodConfig`; how long an adaptive trunk becomes depends on the machine and the wire, so what it accepts does, too."""
+        return not self.adaptive
+
+    def work(self, passes: Passes, exits: tuple[int, ...], layers: int, nodes: float) -> Work | None:
+        """See `MethodConfig`; one pass of the coarse form for every node of the trunk and its siblings' beside it, or for a batch."""
+        if self.adaptive:
+            return None
+        grown = nodes - 1
+        if self.draft == "coarse":
+            rounds = min(float(self.steps), grown)
+            return passes.target(nodes, layers, rounds * passes.coarse(grown / rounds, layers) if rounds else 0.0)
+        rounds = self.steps / ADDED_BY_BATCH
+        batch = passes.coarse(1 + PROPOSED + self.siblings, layers)
+        if self.draft == "adapter":
+            batch += PROPOSED * (passes.coarse_run(1, exits[0]) + passes.exit(1))
+        return passes.target(nodes, layers, rounds * batch)
 
 
 class Nested(Method):

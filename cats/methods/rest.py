@@ -10,6 +10,7 @@ from cats.config import MethodConfig, require
 from cats.datastore import SORTED_TOKENS, Datastore
 from cats.errors import CatsError
 from cats.methods.base import Method, Needs, Preset
+from cats.planning.cost import Passes, Work
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,6 +44,10 @@ class RestConfig(MethodConfig):
             f"longest-match {self.longest_match} and continuation {self.continuation} reach further than the {SORTED_TOKENS} tokens "
             "by which a datastore is sorted; make one of them smaller.",
         )
+
+    def work(self, passes: Passes, exits: tuple[int, ...], layers: int, nodes: float) -> Work:
+        """See `MethodConfig`; looking up is not priced."""
+        return passes.target(nodes, layers)
 
     @property
     def found_datastore(self) -> Path:

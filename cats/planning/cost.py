@@ -18,7 +18,7 @@ of the largest matrices overlaps only in part: the share of `SERIAL` is an avera
 import itertools
 from dataclasses import dataclass
 
-from cats.planning.plan import MemoryPlan, ModelSizes, window
+from cats.planning.plan import COARSE, MemoryPlan, ModelSizes, window
 from cats.planning.profile import AcceptancePoint, MachineProfile, seconds_for
 
 SERIAL = ((1.0, 0.6), (2.0, 0.15), (3.0, 0.0))
@@ -50,10 +50,14 @@ class CycleSeconds:
 
 
 class Passes:
-    """Seconds of what a cycle is made of, by the rows of each pass."""
+    """Seconds of what a cycle is made of, by the rows of each pass.
 
-    def __init__(self, machine: MachineProfile):
-        self._machine = machine
+    Args:
+        coarse_share: of the layers' weights that are resident in their coarse form; passes of it read the exact form of the others.
+    """
+
+    def __init__(self, machine: MachineProfile, coarse_share: float = 1.0):
+        self._machine, self._coarse_share = machine, coarse_share
 
     def run(self, rows: float, layers: int) -> float:
         """A pass of `rows` through so many layers."""
@@ -67,19 +71,32 @@ class Passes:
         """Layers alone."""
         return layers * seconds_for(self._machine.layer_seconds, rows)
 
+    def coarse(self, rows: float, layers: int) -> float:
+        """A drafting pass of `rows` through so many layers of the coarse form, and the head."""
+        return self.coarse_run(rows, layers) + self.head(rows)
+
+    def coarse_run(self, rows: float, layers: int) -> float:
+        """A pass of `rows` through so many layers of the coarse form."""
+        coarse = layers * seconds_for(self._machine.coarse_layer_seconds, rows) if self._coarse_share else 0.0
+        return self.around(rows) + self._coarse_share * coarse + (1 - self._coarse_share) * self.inside(rows, layers)
+
+    def head(self, rows: float) -> float:
+        """Norm and head."""
+        return seconds_for(self._machine.head_seconds, rows)
+
     def exit(self, rows: float) -> float:
         """An adapter, the head, its best tokens."""
         return seconds_for(self._machine.exit_seconds, rows)
 
     def target(self, rows: float, layers: int, draft: float = 0.0, shallow: float = 0.0) -> Work:
         """A cycle that ends with a target pass of `rows` through so many layers."""
-        around = self.around(rows) + seconds_for(self._machine.head_seconds, rows) + self._machine.step_seconds
+        around = self.around(rows) + self.head(rows) + self._machine.step_seconds
         return Work(draft, shallow, self.inside(rows, layers), around)
 
 
-def work_of(point: AcceptancePoint, layers: int, machine: MachineProfile) -> Work:
-    """One cycle of the method, in a model of so many layers."""
-    work = point.method.work(Passes(machine), point.exits, layers, point.nodes)
+def work_of(point: AcceptancePoint, layers: int, machine: MachineProfile, coarse_share: float = 1.0) -> Work:
+    """One cycle of the method, in a model of so many layers; for `coarse_share` see `Passes`."""
+    work = point.method.work(Passes(machine, coarse_share), point.exits, layers, point.nodes)
     if work is None:
         raise ValueError(f"the cost of a cycle of {point.method.name} is not known")
     return work
@@ -94,8 +111,8 @@ def cycle_seconds(sizes: ModelSizes, plan: MemoryPlan, machine: MachineProfile, 
     quiet = computing - inside
     bound = computing
     if plan.streamed:
-        behind = (plan.streamed_bytes - min(read_ahead(sizes, plan), quiet * rate)) / rate
-        serial = serial_share(plan.ring_bytes / largest_window(sizes))
+        behind = (plan.streamed_bytes - min(read_ahead(plan), quiet * rate)) / rate
+        serial = serial_share(plan.demand.ring_buffers)
         bound = max(computing, quiet + max(inside, behind) + serial * min(inside, behind))
     return CycleSeconds(bound, bound - computing)
 
@@ -117,7 +134,7 @@ def busy_share(sizes: ModelSizes, plan: MemoryPlan) -> float:
     return sum(piece.nbytes for piece in every[first:last]) / sum(piece.nbytes for piece in every)
 
 
-def read_ahead(sizes: ModelSizes, plan: MemoryPlan) -> int:
+def read_ahead(plan: MemoryPlan) -> int:
     """Bytes of the coming pass that the ring takes before the pass begins: the first streamed matrices, as many as fit whole.
 
     Half a matrix of the ring is counted as lost, for what is too small at the ring's end to hold the next one.
@@ -128,9 +145,11 @@ def read_ahead(sizes: ModelSizes, plan: MemoryPlan) -> int:
         if room < 0:
             break
         ahead += piece.nbytes
-    return max(min(ahead, plan.ring_bytes - largest_window(sizes) // 2), 0)
+    return max(min(ahead, plan.ring_bytes - plan.ring_bytes // plan.demand.ring_buffers // 2), 0)
 
 
-def largest_window(sizes: ModelSizes) -> int:
-    """Bytes of the largest matrix's window."""
-    return max(window(nbytes) for _, nbytes in sizes.matrices)
+def coarse_share(sizes: ModelSizes, plan: MemoryPlan) -> float:
+    """Share of the layers' coarse form that the plan holds; where it holds exact weights instead, passes of the coarse form read those."""
+    coarse = [piece for piece in sizes.pieces if COARSE.needs(piece)]
+    total = sum(piece.nbytes for piece in coarse)
+    return sum(piece.nbytes for piece in coarse if piece in plan.pinned) / total if total else 0.0

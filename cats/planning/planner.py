@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cats.errors import BudgetError
-from cats.planning.cost import CycleSeconds, cycle_seconds, largest_window, work_of
+from cats.planning.cost import CycleSeconds, coarse_share, cycle_seconds, work_of
 from cats.planning.plan import Demand, MemoryPlan, ModelSizes, amount, plan_memory
 from cats.planning.profile import AcceptancePoint, MachineProfile
 
@@ -19,16 +19,26 @@ ALIKE = 0.02
 
 @dataclass(frozen=True)
 class Option:
-    """A way to run that the adapters allow: what was measured of it, and what it asks of memory."""
+    """A way to run that weights and adapters allow: what was measured of it, and what it asks of memory.
+
+    Attributes:
+        assumed: whether its accepted length is an assumption, for want of a measured one.
+    """
 
     point: AcceptancePoint
     sizes: ModelSizes
     demand: Demand
+    assumed: bool = False
 
     @property
     def label(self) -> str:
         """In a few words."""
         return self.point.method.label(self.point.exits)
+
+    @property
+    def doubt(self) -> str:
+        """What has to be said beside a prediction; empty where all of it was measured."""
+        return f" (its {self.point.accepted:g} tokens a cycle are assumed, not measured)" if self.assumed else ""
 
 
 @dataclass(frozen=True)
@@ -81,8 +91,8 @@ class Choice:
         """Why: what the next best would do, what bounds a cycle, what does not fit."""
         others = [candidate for candidate in self.candidates[1:] if candidate.option.label != "plain decoding"][:1]
         plain = [candidate for candidate in self.candidates[1:] if candidate.option.label == "plain decoding"]
-        parts = [f"{other.option.label} would make {other.tokens_per_second:.1f}" for other in (*others, *plain)]
-        parts.append(self._bound())
+        parts = [f"{other.option.label} would make {other.tokens_per_second:.1f}{other.option.doubt}" for other in (*others, *plain)]
+        parts.append(self._bound() + self.best.option.doubt)
         if self.refused:
             label = next(iter(self.refused))
             more = f" and {len(self.refused) - 1} more do" if len(self.refused) > 1 else " does"
@@ -98,13 +108,11 @@ class Choice:
         share = best.seconds.stream_wait / best.seconds.total
         if share < 0.01:
             return f"computing hides the stream at {rate}"
-        rough = ", roughly: so small a ring overlaps in part" if best.memory.ring_bytes < 3 * largest_window(best.option.sizes) else ""
+        rough = ", roughly: so small a ring overlaps in part" if self.ring_buffers < 3 else ""
         return f"{share:.0%} of a cycle waits for the stream at {rate}{rough}"
 
 
-def choose(
-    options: Sequence[Option], machine: MachineProfile, budget_bytes: int, covers: str, ring_buffers: int | None = None
-) -> Choice:
+def choose(options: Sequence[Option], machine: MachineProfile, budget_bytes: int, covers: str, ring_buffers: int | None = None) -> Choice:
     """The fastest of `options` that fits.
 
     Args:
@@ -136,7 +144,6 @@ def with_best_ring(candidates: Sequence[Candidate]) -> Candidate:
 
 def priced(option: Option, machine: MachineProfile, budget_bytes: int, covers: str, rings: Sequence[int]) -> Iterator[Candidate]:
     """The option with every ring that fits; raises `BudgetError` where the smallest does not. Where nothing streams, rings are alike."""
-    work = work_of(option.point, option.sizes.layers, machine)
     for place, buffers in enumerate(sorted(rings)):
         try:
             memory = plan_memory(option.sizes, replace(option.demand, ring_buffers=buffers), budget_bytes, covers)
@@ -144,6 +151,7 @@ def priced(option: Option, machine: MachineProfile, budget_bytes: int, covers: s
             if place == 0:
                 raise
             return
+        work = work_of(option.point, option.sizes.layers, machine, coarse_share(option.sizes, memory))
         yield Candidate(option, memory, cycle_seconds(option.sizes, memory, machine, work))
         if not memory.streamed:
             return

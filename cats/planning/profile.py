@@ -23,9 +23,10 @@ Table = tuple[tuple[int, float], ...]
 T = TypeVar("T")
 MethodOf = Callable[[Mapping[str, Any]], MethodConfig]
 """The configuration of a record that `cats.settings.as_record` wrote; the methods themselves know it."""
-MACHINE_FORMAT = "cats machine profile 1"
+MACHINE_FORMAT = "cats machine profile 2"
 ACCEPTANCE_FORMAT = "cats acceptance profile 2"
-TABLES = ("pass_seconds", "layer_seconds", "head_seconds", "exit_seconds")
+TABLES = ("pass_seconds", "layer_seconds", "head_seconds", "exit_seconds", "coarse_layer_seconds")
+MAY_LACK = TABLES[-2:]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class MachineProfile:
         layer_seconds: of one resident decoder layer.
         head_seconds: of norm and head.
         exit_seconds: of an adapter with the head and its best tokens; empty where no adapter was there.
+        coarse_layer_seconds: of one layer's coarse form; empty where the weights have none.
     """
 
     subject: Mapping[str, Any]
@@ -53,6 +55,7 @@ class MachineProfile:
     layer_seconds: Table
     head_seconds: Table
     exit_seconds: Table = ()
+    coarse_layer_seconds: Table = ()
 
     def __post_init__(self) -> None:
         for name in ("flash_bytes_per_second", "take_seconds", "step_seconds"):
@@ -60,7 +63,7 @@ class MachineProfile:
         check(self.flash_bytes_per_second > 0, "flash_bytes_per_second is 0")
         for name in TABLES:
             rows, seconds = [entry[0] for entry in getattr(self, name)], [entry[1] for entry in getattr(self, name)]
-            check((bool(rows) or name == "exit_seconds") and rows == sorted(set(rows)), f"{name} lists the rows {rows}")
+            check((bool(rows) or name in MAY_LACK) and rows == sorted(set(rows)), f"{name} lists the rows {rows}")
             check(all(math.isfinite(value) and value >= 0 for value in seconds), f"{name} has the seconds {seconds}")
 
 
