@@ -39,9 +39,10 @@ def parse_preset(text: str) -> tuple[str, MethodConfig]:
 
 
 def title_of(label: str) -> str:
-    """What a table calls the method of a label, changed settings included."""
+    """What a table calls the method of a label, changed settings included; of a path its last part."""
     name, _, changes = label.partition(":")
-    return ", ".join([TITLES[name], *(change.replace("=", " ") for change in changes.split(",") if change)])
+    pairs = [change.partition("=") for change in changes.split(",") if change]
+    return ", ".join([TITLES[name], *(f"{setting} {value.rpartition('/')[2]}" for setting, _, value in pairs)])
 
 
 def parse_presets(texts: Sequence[str]) -> dict[str, MethodConfig]:

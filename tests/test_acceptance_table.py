@@ -97,6 +97,7 @@ def test_cells_of_an_older_tree_stay_usable(tmp_path: Path, speaking: TinyModel,
     output, store = tmp_path / "table.json", store_of(speaking_vocabulary(speaking))
     fill(speaking, output, "--benches", "mtbench", "--methods", "autoregressive", "cascade_chain", f"rest:datastore={store}")
     rows = json.loads(output.read_text())["rows"]
+    assert [row["title"] for row in rows] == ["plain decoding", "CATS chain", f"REST, datastore {store.name}"]
     adapters = sum(stored_bytes(path) for path in (speaking.draft, speaking.shallow))
     assert [row["extra_bytes"] for row in rows] == [0, adapters, Datastore.open(store).nbytes]
     for path in (tmp_path / "table.cells").glob("*.settings.json"):
