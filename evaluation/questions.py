@@ -20,11 +20,18 @@ QuestionId = int | str
 
 @dataclass(frozen=True)
 class Question:
-    """One question; every turn but the first follows on the answers to the ones before it."""
+    """One question; every turn but the first follows on the answers to the ones before it.
+
+    Attributes:
+        reference: right answers, by turn, where the file has any; an empty one is none.
+        task_id: by which a set of tests knows it; empty where it has none.
+    """
 
     question_id: QuestionId
     category: str
     turns: tuple[str, ...]
+    reference: tuple[str, ...] = ()
+    task_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,9 @@ def _parse_question(line: str, where: str) -> Question:
         raise CatsError(f"{where} has no 'question_id' that is a number or a string.")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise CatsError(f"{where} (question {question_id}) has no 'turns' that is a non-empty list of non-empty strings.")
-    return Question(question_id, str(item.get("category", "")), tuple(turns))
+    given = item.get("reference") or []
+    reference = tuple(str(text or "") for text in given) if isinstance(given, list) else (str(given),)
+    return Question(question_id, str(item.get("category", "")), tuple(turns), reference, str(item.get("task_id", "")))
 
 
 def spread_questions(questions: Sequence[Question], count: int | None) -> list[Question]:
