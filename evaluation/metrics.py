@@ -150,13 +150,18 @@ def layer_passes_per_token(records: Iterable[Record]) -> float | None:
     return ratio(sum(per_step(records, "layer_passes")), sum(per_step(records, "committed")))
 
 
+def coarse_layer_passes(turns: Iterable[Mapping[str, Any]]) -> int:
+    """Layer passes of the coarse form, over the step lists of turns."""
+    return sum(sum(steps.get("coarse_layer_passes", ())) for steps in turns)
+
+
 def layer_bytes_per_token(records: Iterable[Record], shape: ModelShape) -> float | None:
     """Weight bytes of decoder layers that passes read, streamed or not, by committed tokens; prefill, head and adapters left out.
 
     Every layer pass counts with the bytes of the form that ran. Records of an older tree do not say which were coarse; they count as exact.
     """
     turns = list(steps_of_turns(records))
-    coarse = sum(sum(steps.get("coarse_layer_passes", ())) for steps in turns)
+    coarse = coarse_layer_passes(turns)
     exact = sum(sum(steps["layer_passes"]) for steps in turns) - coarse
     read = exact * shape.bytes_per_layer + coarse * shape.bytes_per_coarse_layer
     return ratio(read, sum(sum(steps["committed"]) for steps in turns))
@@ -221,6 +226,7 @@ def summarise(records: Iterable[Record], shape: ModelShape) -> dict[str, Any]:
     records = list(records)
     length = accepted_length(records)
     committed = per_step(records, "committed")
+    by_coarse = coarse_layer_passes(steps_of_turns(records)) > 0  # which the formula knows nothing of
     return {
         "questions": len(answered(records)),
         "failed": len(records) - len(answered(records)),
@@ -235,7 +241,7 @@ def summarise(records: Iterable[Record], shape: ModelShape) -> dict[str, Any]:
         "confusion": confusion(records),
         "tokens_per_second": tokens_per_second(records),
         "layer_passes_per_token": layer_passes_per_token(records),
-        "layer_passes_per_token_formula": ratio(formula_layer_passes(shape), length or 0),
+        "layer_passes_per_token_formula": None if by_coarse else ratio(formula_layer_passes(shape), length or 0),
         "layer_bytes_per_token": layer_bytes_per_token(records, shape),
         "bytes_streamed_per_token": bytes_streamed_per_token(records),
         "paper_bytes_per_token": paper_bytes_per_token(shape, length),

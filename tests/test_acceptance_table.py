@@ -133,6 +133,7 @@ def test_every_layer_pass_counts_with_the_bytes_of_the_form_that_ran(tmp_path: P
     assert plain["summary"]["layer_bytes_per_token"] == layers * exact
     assert exact / 4 < coarse < exact / 2
     assert nested["held_beside"]["copy"] == pytest.approx(layers * coarse, rel=0.1)
+    assert nested["summary"]["layer_passes_per_token_formula"] is None
     answers = read_records(tmp_path / "table.cells" / "mtbench.nested+steps=3.jsonl")
     turns = [turn for record in answers for turn in record["choices"][0]["steps"]]
     passes, coarse_passes = (sum(sum(turn[name]) for turn in turns) for name in ("layer_passes", "coarse_layer_passes"))
