@@ -63,9 +63,7 @@ class Needs:
 
 def view_name(view: View) -> str:
     """A view of the model, in words."""
-    skipped = len(view.attention) + len(view.mlp)
-    form = "" if view.precision == EXACT_PRECISION else f"a {view.precision} form of the "
-    return f"{form}weights" + (f" without {skipped} sublayers" if skipped else "")
+    return view.label if view.precision == EXACT_PRECISION else f"a {view.precision} form of the weights"
 
 
 class Method(ABC):
