@@ -14,10 +14,10 @@ from cats.methods import PRESETS, method_of, needs_of
 from cats.records import check_agreement
 from evaluation.metrics import (
     ModelShape,
-    accepted_length_interval,
     committed_and_passes,
     identical_answers,
     mean,
+    ratio_interval,
     summarise,
 )
 from evaluation.presets import title_of
@@ -59,7 +59,7 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
         summary = summarise(records, ModelShape(**about["shape"]))
         del summary["committed_per_step"]
         summary["committed_and_passes"] = committed_and_passes(records)
-        summary["accepted_length_interval"] = accepted_length_interval([summary["committed_and_passes"]])
+        summary["accepted_length_interval"] = ratio_interval([summary["committed_and_passes"]])
         if (bench, PLAIN, "") in found:
             summary["identical_to_plain"] = identical_answers(records, found[bench, PLAIN, ""][1])
         cells.append({**about, "summary": summary})
@@ -106,7 +106,7 @@ def row_of(label: str, exits: str, cells: Sequence[dict[str, Any]]) -> dict[str,
         "accepted_length": {bench: summary["accepted_length"] for bench, summary in summaries.items()},
         "accepted_length_interval": {bench: summary["accepted_length_interval"] for bench, summary in summaries.items()},
         "mean": _mean_of([summary["accepted_length"] for summary in summaries.values()]),
-        "mean_interval": accepted_length_interval([summary["committed_and_passes"] for summary in summaries.values()]),
+        "mean_interval": ratio_interval([summary["committed_and_passes"] for summary in summaries.values()]),
         **{name: _mean_of([summary[name] for summary in summaries.values()]) for name in MEANS},
         "extra_bytes": extra_bytes(cells[0]),
         "identical_to_plain": sum(summary["identical_to_plain"] for summary in known) if known else None,

@@ -31,7 +31,7 @@ from cats.settings import as_record
 from cats.text import ModelText
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.correctness import prompts_file, read_prompts, refuse_half
-from evaluation.metrics import accepted_length_interval, ratio
+from evaluation.metrics import ratio, ratio_interval
 from evaluation.options import add_model_flags, chosen_memory
 from evaluation.processes import choose_device
 from evaluation.questions import Question, select_questions
@@ -187,7 +187,7 @@ def result_of(comparison: Comparison) -> dict[str, Any]:
         "prompts": len(records),
         "skipped_prompts": len(found) - len(records),
         "accepted_length": {name: ratio(sum(t for t, _ in pairs), sum(p for _, p in pairs)) for name, pairs in counts.items()},
-        "accepted_length_interval": {name: accepted_length_interval([pairs]) for name, pairs in counts.items()},
+        "accepted_length_interval": {name: ratio_interval([pairs]) for name, pairs in counts.items()},
         "passes": {name: sum(passes for _, passes in pairs) for name, pairs in counts.items()},
         "identical": {name: sum(record["identical"][name] for record in records) for name in ("latest", "earliest")},
         "prompts_of_equal_passes": sum(record["passes"]["earliest"] == record["passes"]["transformers"] for record in records),

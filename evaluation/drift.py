@@ -33,7 +33,7 @@ from cats.text import ModelText
 from cats.tree import TokenTree
 from evaluation.chosen_model import chosen_model
 from evaluation.correctness import prompts_file, read_prompts
-from evaluation.metrics import accepted_length_interval, ratio
+from evaluation.metrics import ratio, ratio_interval
 from evaluation.options import add_model_flags, chosen_memory
 from evaluation.processes import choose_device
 from evaluation.questions import spread_questions
@@ -151,9 +151,9 @@ def bins_of(records: Sequence[Record], positions: int) -> list[dict[str, Any]]:
                 "begin": begin,
                 "cycles": sum(len(part) for part in parts),
                 "agreement": ratio(sum(right for right, _ in agreed), sum(judged for _, judged in agreed)),
-                "agreement_interval": accepted_length_interval([agreed]),
+                "agreement_interval": ratio_interval([agreed]),
                 "accepted_length": ratio(sum(tokens for tokens, _ in lengths), sum(passes for _, passes in lengths)),
-                "accepted_length_interval": accepted_length_interval([lengths]),
+                "accepted_length_interval": ratio_interval([lengths]),
                 "repeated_4gram_share": ratio(sum(again), len(again)),
             }
         )

@@ -69,13 +69,13 @@ def committed_and_passes(records: Iterable[Record]) -> list[tuple[int, int]]:
     return [(sum(committed), len(committed)) for record in answered(records) for committed in [per_step([record], "committed")]]
 
 
-def accepted_length_interval(
-    groups: Sequence[Sequence[tuple[int, int]]], level: float = 0.9, draws: int = 1000
-) -> tuple[float, float] | None:
-    """The bootstrap interval of the accepted length, or of its mean over several groups; the same for the same counts.
+def ratio_interval(groups: Sequence[Sequence[tuple[int, float]]], level: float = 0.9, draws: int = 1000) -> tuple[float, float] | None:
+    """The bootstrap interval of a ratio of sums, or of its mean over several groups: of the accepted length, of tokens per second; the same
+    for the same counts.
 
     Args:
-        groups: `committed_and_passes` of each group; questions are drawn with replacement within their group.
+        groups: of each group, the two counts of every question (`committed_and_passes`); questions are drawn with replacement within their
+            group.
         level: share of the draws that lie in the interval.
 
     Returns:

@@ -25,7 +25,7 @@ from cats.records import sha256
 from evaluation.answer_files import Answers, find_questions, read_answers
 from evaluation.candidate_code import program_of
 from evaluation.final_number import final_number
-from evaluation.metrics import accepted_length_interval, ratio
+from evaluation.metrics import ratio, ratio_interval
 from evaluation.questions import Question, QuestionId
 from evaluation.record_file import Record, write_json
 from evaluation.sandbox import ERROR, PASSED, TIMEOUT, WRONG, Sandbox, check_sandbox, run_program
@@ -122,7 +122,7 @@ def graded(name: str, items: Sequence[Record], answers: Answers) -> dict[str, An
     right = sum(item["right"] for item in items)
     return {
         name: ratio(right, len(items)),
-        "interval": accepted_length_interval([[(int(item["right"]), 1) for item in items]]),
+        "interval": ratio_interval([[(int(item["right"]), 1) for item in items]]),
         "right": right,
         "answers": len(items),
         "cut_at_length": sum(item["question_id"] in answers.cut for item in items),

@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,16 @@ import torch
 import cats
 from cats.checkpoint import weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.memory_flags import PROMPT_POSITIONS
+from cats.cli.memory_flags import PROMPT_POSITIONS, check_coarse, drafts_coarsely
 from cats.cli.progress import heartbeat, live_bar
+from cats.config import COARSE_COPIES
 from cats.errors import CatsError
 from cats.methods import needs_of, with_needs
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
 from cats.runtime.store import Store
 from evaluation.chosen_model import ChosenModel, chosen_model
+from evaluation.metrics import ratio_interval
 from evaluation.options import add_place_flags
 from evaluation.presets import PRESET_HELP, parse_presets
 from evaluation.questions import read_questions, resolve_bench, select_questions
@@ -70,6 +72,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--flash-bandwidth", help="like 20MB/s: the link that is imitated (default: the disk as it is)")
     parser.add_argument("--no-pinning", action="store_true", help="the paper's way, plain decoding included")
     parser.add_argument("--ring-buffers", type=int, default=3)
+    parser.add_argument(
+        "--coarse", choices=COARSE_COPIES, help="a copy of the layers, for those methods that draft with a coarse form: int8"
+    )
     parser.add_argument("--bench-name", default="mt_bench")
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -95,7 +100,8 @@ def contenders_of(args: argparse.Namespace, place: ChosenModel, methods: dict[st
         ring_buffers=args.ring_buffers,
         positions=PROMPT_POSITIONS + args.max_new_tokens,
     )
-    return {label: loaded(place, method, memory, args.dtype) for label, method in methods.items()}
+    copied = {label: args.coarse if drafts_coarsely(method) else None for label, method in methods.items()}
+    return {label: loaded(place, method, replace(memory, coarse=copied[label]), args.dtype) for label, method in methods.items()}
 
 
 def loaded(place: ChosenModel, method: cats.MethodConfig, memory: cats.MemoryOptions, dtype: str) -> Contender:
@@ -121,8 +127,15 @@ def answer_in_turns(args: argparse.Namespace, directory: Path, contenders: dict[
                 raise CatsError(f"{label} differs from plain decoding on question {place}; run evaluation.correctness to see where.")
 
 
+def tokens_and_seconds(answers: Sequence[cats.Generation]) -> list[tuple[int, float]]:
+    """Of each answer, the prefill left out."""
+    return [
+        (sum(trace.committed for trace in answer.traces[1:]), sum(trace.seconds.total for trace in answer.traces[1:])) for answer in answers
+    ]
+
+
 def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
-    """Medians over cycles, prefill left out."""
+    """Medians over cycles, prefill left out; the interval of tokens per second is of 90 %, by bootstrap over questions."""
     traces = [trace for answer in contender.answers for trace in answer.traces[1:]]
     tokens, seconds = sum(trace.committed for trace in traces), sum(trace.seconds.total for trace in traces)
     streams = [trace.bytes_streamed / bandwidth for trace in traces]
@@ -137,6 +150,7 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
         "cycles": len(traces),
         "accepted_length": tokens / len(traces),
         "tokens_per_second": tokens / seconds,
+        "tokens_per_second_interval": ratio_interval([tokens_and_seconds(contender.answers)]),
         "streamed_bytes_per_cycle": statistics.median(trace.bytes_streamed for trace in traces),
         "cycle_seconds": statistics.median(trace.seconds.total for trace in traces),
         "stream_seconds": statistics.median(streams),
@@ -174,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     presets = parse_presets([PLAIN, *args.methods])
+    if args.coarse is not None:
+        check_coarse(presets.values())
     place = chosen_model(list(presets.values()), args)
     with heartbeat(f"loading {place.name}"):
         contenders = contenders_of(args, place, presets)

@@ -23,13 +23,13 @@ import cats
 from cats.adapter import AdapterModel
 from cats.checkpoint import weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.memory_flags import PROMPT_POSITIONS
+from cats.cli.memory_flags import PROMPT_POSITIONS, drafts_coarsely
 from cats.cli.progress import heartbeat, live_bar
 from cats.errors import BudgetError, CatsError
 from cats.files import write_atomically
 from cats.loading import checkpoint_of, demand_of, sizes_of_checkpoint
 from cats.methods import needs_of, with_needs
-from cats.planning.plan import COARSE_PRECISION, amount, parse_amount, plan_memory
+from cats.planning.plan import amount, parse_amount, plan_memory
 from cats.runtime.link import measure_read_rate, rate_text
 from cats.settings import as_record
 from evaluation.chosen_model import ChosenModel, chosen_model
@@ -74,7 +74,7 @@ class Field:
 def field_of(args: argparse.Namespace) -> Field:
     """Plain decoding and the chosen methods; `CatsError` where one lacks its checkpoint."""
     methods = parse_presets([PLAIN, *args.methods])
-    coarse = {label for label, method in methods.items() if any(view.precision == COARSE_PRECISION for view in needs_of(method).views)}
+    coarse = {label for label, method in methods.items() if drafts_coarsely(method)}
     if bool(coarse) != (args.nested_model_path is not None):
         raise CatsError("methods that draft with a coarse form and --nested-model-path belong together; give both or neither.")
     plain = chosen_model([method for label, method in methods.items() if label not in coarse], args)

@@ -66,7 +66,14 @@ def memory_options(args: argparse.Namespace, max_new_tokens: int, methods: Itera
     return with_needs(memory, *methods)
 
 
+def drafts_coarsely(config: MethodConfig) -> bool:
+    """Whether a method drafts with a coarse form of the weights."""
+    return any(view.precision == COARSE_PRECISION for view in needs_of(config).views)
+
+
 def check_coarse(methods: Iterable[MethodConfig]) -> None:
     """Raise `CatsError` where a coarse copy would be held for nothing."""
-    drafts = [config.name for config in methods if any(view.precision == COARSE_PRECISION for view in needs_of(config).views)]
-    require(bool(drafts), "--coarse holds a copy that some methods draft with; name one of them by --method, or leave it out.")
+    require(
+        any(map(drafts_coarsely, methods)),
+        "--coarse holds a copy that some methods draft with; name one of them by --method, or leave it out.",
+    )
