@@ -26,7 +26,7 @@ from cats.records import sha256
 from evaluation.answer_files import Answers, find_questions, read_answers
 from evaluation.judge_endpoint import Endpoint, Patience, UnansweredError
 from evaluation.judging import REMINDER, Request, rating_in, requests_for
-from evaluation.metrics import accepted_length_interval, mean
+from evaluation.metrics import mean, ratio_interval
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
 
 LOCAL_KEY = "none"
@@ -185,7 +185,7 @@ def result_of(judging: Judging) -> dict[str, Any]:
         by_question.setdefault(request.question_id, []).append(rating)
     return {
         "score": mean([rating for _, rating in rated]),
-        "interval": accepted_length_interval([[(sum(ratings), len(ratings)) for ratings in by_question.values()]]),
+        "interval": ratio_interval([[(sum(ratings), len(ratings)) for ratings in by_question.values()]]),
         "turns": {str(turn): mean([rating for request, rating in rated if request.turn == turn]) for turn in turns},
         "categories": {name: mean([rating for request, rating in rated if request.category == name]) for name in categories},
         "judgements": len(rated),
