@@ -16,9 +16,12 @@ from cats.methods.estimates import PAST, START, WINDOW, Acceptance, Regression
 from cats.methods.router import Choice, Option, best_choice, best_length, gain, speed_up
 from cats.planning.plan import EXACT, View
 from cats.planning.sparsity import Sparse, by_turns, read_sets, skipped_count, view_without
+from evaluation import router_calibration
+from tests.chats import write
 from tests.methods import SHAPES, memory_for
 from tests.test_int8_copy import scramble
 from tests.tiny_models import LAYERS, SIZES, TinyModel, prompts
+from training import search_layer_sets
 
 Tiny = Callable[[str], TinyModel]
 OPEN = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=())
@@ -53,6 +56,12 @@ def test_the_obviously_best_of_two_levels_is_chosen() -> None:
     cheap = best_choice([good, Option("free", 0.5, 1e-3, 10)], 0.0, 0.0)
     assert cheap is not None
     assert cheap.level == "free"
+    for a, c, bottom in product((0.1, 0.6, 0.95), (0.05, 0.5), (0.0, 0.5)):
+        choice = best_choice([Option("one", a, c, 10)], bottom, 0.01)
+        lengths = {k: gain(a, c, k, bottom, 0.01) for k in range(1, 11)}
+        assert choice is not None
+        assert choice.gain == pytest.approx(max(lengths.values()))
+        assert lengths[choice.length] == pytest.approx(choice.gain)
     assert best_choice([Option("nothing", 0.9, 0.2, 0)], 0.0, 0.0) is None
 
 
@@ -130,11 +139,11 @@ def test_whatever_drafts_the_text_is_the_targets(tiny: Tiny, monkeypatch: pytest
     def any_choice(options: Sequence[Option], a: float, c: float) -> Choice | None:
         found = [option for option in options if option.longest > 0]
         option = chance.choice(found) if found else None
-        return option and Choice(option.level, chance.randint(1, option.longest), chance.choice([0.0, 1e9, 1e9, 1e9]))
+        return option and Choice(option.level, chance.randint(1, option.longest), chance.choice([0.0, 1e9]))
 
     monkeypatch.setattr(cas_spec_tree, "best_choice", any_choice)
     model = cats.load(tiny("llama-grouped").base, tiny("llama-grouped").adapters, memory=cats.MemoryOptions(coarse="int8"))
-    for seed in range(5):
+    for seed in range(6):
         levels = tuple(level for level in EVERY if chance.random() < 0.7) or EVERY
         config = CasSpecConfig(levels, longest_draft=chance.randint(1, 5), tree_nodes=chance.randint(2, 24))  # type: ignore[arg-type]
         generation = replace(OPEN, temperature=chance.choice([0.0, 0.8]), seed=seed)
@@ -193,7 +202,7 @@ def test_a_budget_keeps_the_levels_and_a_refusal_says_what_would_fit(tiny: Tiny)
     found = cats.generate(fits, [5, 6, 7], config, OPEN)
     assert found.ids == cats.generate(cats.load(base), [5, 6, 7], "autoregressive", OPEN).ids
     assert all(cost.bytes_streamed == 0 for trace in found.traces for cost in trace.passes if cost.view != EXACT)
-    with pytest.raises(cats.CatsError, match=r"raise --memory-budget, or draft with fewer views \(exact weights without 7 sublayers: \d"):
+    with pytest.raises(cats.CatsError, match=r"raise --memory-budget, or draft with fewer views \(weights without 7 sublayers: \d"):
         cats.load(base, memory=replace(least, budget_bytes=plan.charged - 1), method=config)
 
 
@@ -202,3 +211,43 @@ def test_contradictions_are_refused() -> None:
     for levels, sentence in refused.items():
         with pytest.raises(cats.CatsError, match=sentence):
             CasSpecConfig(levels)  # type: ignore[arg-type]
+
+
+def test_the_calibration_command_compares_and_draws(speaking: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "router.json"
+    flags = ["--model-path", str(speaking.base), "--questions", "2", "--max-new-tokens", "12", "--device", "cpu", "--output", str(output)]
+    router_calibration.main(flags)
+    result = json.loads(output.read_text())
+    assert result["times"]["target"]["passes"] == result["cycles"]["cycles"] > 0
+    assert 0 < result["cycles"]["decision_share"] < 1
+    assert output.with_suffix(".png").stat().st_size > 1000
+    assert "deciding takes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        router_calibration.main([*flags, "--method", "kangaroo"])
+    assert "has no router" in capsys.readouterr().err
+
+
+def test_bins_hold_what_was_expected_and_what_came_of_it() -> None:
+    found = router_calibration.acceptance_of([("a", 0.25, True), ("a", 0.25, False), ("a", 0.85, True), ("b", 1.0, False)])
+    assert found["a"]["bins"] == [{"tokens": 2, "expected": 0.25, "true": 0.5}, {"tokens": 1, "expected": 0.85, "true": 1.0}]
+    assert found["a"]["calibration_error"] == pytest.approx((2 * 0.25 + 0.15) / 3)
+    assert found["b"]["true"] == 0.0
+
+
+def test_layer_sets_are_searched_taken_up_and_used(speaking: TinyModel, tmp_path: Path) -> None:
+    data, output = write(tmp_path / "chats.json", 6), tmp_path / "sets.json"
+    flags = ["--model-path", str(speaking.base), "--data-path", str(data), "--output", str(output), "--sequences", "3", "--tokens", "320"]
+    search_layer_sets.main([*flags, "--evaluations", "130"])
+    first = read_sets(output)
+    assert {"0.4", "0.6"} == set(first["sets"])
+    for found in first["sets"].values():
+        assert found["agreement"] >= found["agreement_by_turns"]
+    evaluated = output.with_suffix(".evaluated.json").read_text()
+    search_layer_sets.main([*flags, "--evaluations", "130"])
+    assert read_sets(output) == first
+    assert output.with_suffix(".evaluated.json").read_text() == evaluated, "nothing was measured again"
+    with pytest.raises(SystemExit):
+        search_layer_sets.main([*flags, "--evaluations", "130", "--seed", "1"])
+    model = cats.load(speaking.base)
+    config = CasSpecConfig(layer_sets=output)
+    assert cats.generate(model, [5, 6], config, OPEN).ids == cats.generate(model, [5, 6], "autoregressive", OPEN).ids

@@ -3,13 +3,16 @@
     python -m training.search_layer_sets --model-path MODEL --data-path answers.json.gz --output layer_sets.json --evaluations 150
 
 A set is worth what its view agrees with the whole model about the next token, on the model's own text, the text given (greedy, top-1,
-answer tokens alone). First every sublayer is left out by itself, on a quarter of the rows; a set of each share then begins with those that
-are missed least, or with every other layer, and improves by random exchanges, of which those that do not agree less are kept. The sets
-nest: each share keeps what the share before it leaves out, and adds to it. What was evaluated lies in `<output>.evaluated.json`, so that a
+answer tokens alone). First every sublayer is left out by itself. A set then grows greedily: of those that were missed least so far, each is
+left out beside the set, on a quarter of the rows, and the best few join it. In the end random exchanges, of which those that do not agree
+less are kept, improve it, or the set of every other layer if that is better. The sets nest: each share grows from the share before it.
+What was evaluated lies in `<output>.evaluated.json`, so that a
 run that was interrupted, or the same command with more evaluations, goes on where it stopped.
 """
 
 import argparse
+import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,9 +35,10 @@ from training.provenance import agree, hash_of_data, read_json, write_json
 WRITER = "training/search_layer_sets.py"
 SAVED_EVERY = 10
 """Evaluations between two writings of the file of those that are done."""
-EXCHANGED = 3
-"""Sublayers that change at a time, at most."""
-QUARTER = 4
+EXCHANGED, IDLE = 3, 100
+"""Sublayers that change at a time, at most; so many exchanges that lead to nothing unseen end the search of a share."""
+CANDIDATES, JOINING, QUARTER = 16, 4, 4
+"""Of the greedy search: sublayers tried in a round, and those that join; every so many-th row that it looks at."""
 Measure = Callable[[Sequence[Sublayer], int], float]
 """Agreement without these sublayers, on every so many-th row."""
 
@@ -93,21 +97,41 @@ class Evaluated:
 def search(measure: Evaluated, layers: int, shares: Sequence[float], seed: int) -> dict[float, list[Sublayer]]:
     """The best set of each share; they nest. The same calls follow from the same answers, so that a run can be taken up."""
     chance, every = random.Random(seed), skippable(layers)
-    missed = {sublayer: -measure([sublayer], QUARTER) for sublayer in every}
+    worth = {sublayer: measure([sublayer], QUARTER) for sublayer in every}
     found: dict[float, list[Sublayer]] = {}
     kept: list[Sublayer] = []
-    left = measure.total - len(measure.asked)
+    left = measure.total - evaluations_of(layers, shares)
     for place, share in enumerate(shares, start=1):
-        count, until = skipped_count(share, layers), measure.total - left * (len(shares) - place) // len(shares)
-        orders = sorted(every, key=missed.__getitem__), by_turns(layers)
-        starts = [[*kept, *[sublayer for sublayer in order if sublayer not in kept][: count - len(kept)]] for order in orders]
-        best = max(starts, key=measure)
+        count, until = skipped_count(share, layers), evaluations_of(layers, shares[:place]) + left * place // len(shares)
+        turns = [*kept, *[sublayer for sublayer in by_turns(layers) if sublayer not in kept]][:count]
+        best = max(grown(kept, count, worth, measure), turns, key=measure)
         measure.bar.set_postfix_str(f"sparsity {share:g}: {measure(best):.3f}")
-        while len(measure.asked) < until and count < len(every):
+        known, idle = len(measure.asked), 0
+        while known < until and idle < IDLE and count < len(every):
             best = max(best, exchanged(best, kept, every, chance), key=measure)
+            idle = idle + 1 if len(measure.asked) == known else 0
+            known = len(measure.asked)
             measure.bar.set_postfix_str(f"sparsity {share:g}: {measure(best):.3f}")
         found[share] = kept = sorted(best)
     return found
+
+
+def evaluations_of(layers: int, shares: Sequence[float]) -> int:
+    """Sets that the search measures for these shares before it exchanges anything, at most."""
+    counts = [0, *(skipped_count(share, layers) for share in shares)]
+    rounds = sum(math.ceil((count - before) / JOINING) for before, count in itertools.pairwise(counts))
+    return len(skippable(layers)) + CANDIDATES * rounds + 2 * len(shares)
+
+
+def grown(kept: Sequence[Sublayer], count: int, worth: dict[Sublayer, float], measure: Evaluated) -> list[Sublayer]:
+    """The set with the sublayers that are missed least beside it; `worth` learns what was measured of each on the way."""
+    chosen = list(kept)
+    while len(chosen) < count:
+        open_ones = sorted((one for one in worth if one not in chosen), key=lambda one: -worth[one])[:CANDIDATES]
+        worth |= {one: measure([*chosen, one], QUARTER) for one in open_ones}
+        chosen += sorted(open_ones, key=lambda one: -worth[one])[: min(JOINING, count - len(chosen))]
+        measure.bar.set_postfix_str(f"{len(chosen)} of {count}: {max(worth[one] for one in open_ones):.3f}")
+    return chosen
 
 
 def exchanged(chosen: Sequence[Sublayer], kept: Sequence[Sublayer], every: Sequence[Sublayer], chance: random.Random) -> list[Sublayer]:
@@ -151,7 +175,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.6], help="of sublayers left out (default: 0.4 0.6)")
     parser.add_argument("--sequences", type=int, default=12, help="conversations to measure on (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="of each, at most (default: %(default)s)")
-    parser.add_argument("--evaluations", type=int, default=200, help="sets to measure, single sublayers among them (default: %(default)s)")
+    parser.add_argument("--evaluations", type=int, default=400, help="sets to measure, single sublayers among them (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--template", help="chat template, where the tokenizer has none")
     return parser
@@ -175,9 +199,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = rows_of(training_text(model_path, arguments.template), arguments)
     base = load_base(model_path, None, torch.device("cpu"), arguments.tokens)
     layers = base.layer_count
-    least = len(skippable(layers)) + 2 * len(arguments.shares)
+    least = evaluations_of(layers, arguments.shares)
     if arguments.evaluations < least:
-        raise CatsError(f"--evaluations is {arguments.evaluations}; every sublayer alone and two sets of each share are {least} already.")
+        raise CatsError(f"--evaluations is {arguments.evaluations}; the greedy search alone measures up to {least}.")
     facts = {
         "model": model_path.resolve().name,
         "layers": layers,

@@ -13,7 +13,7 @@ import torch
 from cats.acceptance import Verdict
 from cats.config import MethodConfig, require
 from cats.errors import ContractError
-from cats.planning.plan import EXACT_PRECISION, View
+from cats.planning.plan import View
 
 if TYPE_CHECKING:  # what flags need loads no transformers
     from transformers import PretrainedConfig
@@ -58,12 +58,7 @@ class Needs:
     def words(self) -> tuple[str, ...]:
         """Everything, one by one."""
         own = self.own or (("weights of its own",) if self.held_bytes else ())
-        return (*(f"{name} adapter" for name in self.adapters), *(view_name(view) for view in self.views), *own)
-
-
-def view_name(view: View) -> str:
-    """A view of the model, in words."""
-    return view.label if view.precision == EXACT_PRECISION else f"a {view.precision} form of the weights"
+        return (*(f"{name} adapter" for name in self.adapters), *(view.label for view in self.views), *own)
 
 
 class Method(ABC):

@@ -193,8 +193,11 @@ class Growth:
         masses, seconds = self.masses(), self._target_seconds()
         now = sum(masses) * seconds / (self.spent + seconds)
         best: tuple[float, Leaf, Choice] | None = None
+        acceptances = self.router.acceptances
+        known = [(level, acceptances[name].estimate(), self._cost(name, 1) / seconds) for name, level in self.levels.items()]
+        bottom = self._bottom(seconds)
         for leaf in self._leaves(masses)[:LEAVES]:
-            choice = best_choice(list(self._options(leaf, seconds)), *self._bottom(seconds))
+            choice = best_choice(list(self._options(leaf, seconds, known)), *bottom)
             if choice is not None and (best is None or leaf.value * choice.gain > best[0]):
                 best = leaf.value * choice.gain, leaf, choice
         return (*best[1:], now) if best is not None and best[0] > now else None
@@ -204,18 +207,18 @@ class Growth:
         lookup = self.router.acceptances.get(LOOKUP)
         return (lookup.estimate() * self.router.found, self._row / seconds) if lookup and self.levels else (0.0, 0.0)
 
-    def _options(self, leaf: Leaf, seconds: float) -> Iterator[Option]:
-        """What can draft behind a leaf."""
+    def _options(self, leaf: Leaf, seconds: float, known: Sequence[tuple[Level, float, float]]) -> Iterator[Option]:
+        """What can draft behind a leaf, given acceptance and cost of every level where it need not run anything again."""
         room = self._room(leaf.node) - (leaf.token is not None)
         if room > 0 and LOOKUP in self.router.acceptances and (leaf.token is not None or leaf.node not in self.looked):
             tokens, said = self._matched(leaf.node, leaf.token)
             chance = self.router.acceptances[LOOKUP].chance(said)
             yield Option(LOOKUP, chance, max(self._row / seconds, 1e-3), min(len(tokens), room))
         longest = min(self.bounds.longest, room)
-        for name, level in self.levels.items():
+        for level, acceptance, cost in known:
             again = len(level.rows(self.cycle, [leaf.node])) - 1
-            cost = self._cost(name, 1) + again * self.router.times(name).row_seconds()
-            yield Option(name, self.router.acceptances[name].estimate(), cost / seconds, longest)
+            more = again * self.router.times(level.name).row_seconds() / seconds if again else 0.0
+            yield Option(level.name, acceptance, cost + more, longest)
 
     def _matched(self, node: int, token: int | None = None) -> tuple[list[int], float]:
         """What prompt lookup finds behind a path, and what it says of it by the length of the match."""

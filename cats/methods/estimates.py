@@ -11,7 +11,7 @@ from typing import Any
 
 PAST, WINDOW = 0.7, 20
 """Of the moving average: the weight of what was known before, and of how many verdicts the latest are counted."""
-START, REVIVAL = 0.7, 0.01
+START, REVIVAL = 0.7, 0.005
 """Acceptance before anything is known, and how much of the way back to it a level goes in a cycle that did not try it."""
 BINS, PRIOR_COUNT, MOST_COUNTED = 10, 4.0, 400.0
 CERTAIN = 0.995

@@ -62,10 +62,16 @@ class Choice(NamedTuple):
 
 def best_choice(options: Sequence[Option], a_bottom: float, c_bottom: float) -> Choice | None:
     """The level and length of the greatest `gain`; None where nothing can draft."""
-    found = [
-        Choice(option.level, k, gain(option.a, option.c, k, a_bottom, c_bottom)) for option in options for k in range(1, option.longest + 1)
-    ]
-    return max(found, key=lambda choice: choice.gain, default=None)
+    best: Choice | None = None
+    for option in options:
+        power, total = 1.0, 0.0
+        for k in range(1, option.longest + 1):
+            power *= option.a
+            total += power
+            found = (total + power * a_bottom) / (option.c * k + c_bottom)
+            if best is None or found > best.gain:
+                best = Choice(option.level, k, found)
+    return best
 
 
 class Router:

@@ -92,7 +92,8 @@ class View:
     def label(self) -> str:
         """In a few words."""
         skipped = len(self.attention) + len(self.mlp)
-        return f"{self.precision} weights" + (f" without {skipped} sublayers" if skipped else "")
+        form = "" if self.precision == EXACT_PRECISION else f"a {self.precision} form of the "
+        return f"{form}weights" + (f" without {skipped} sublayers" if skipped else "")
 
 
 EXACT = View()

@@ -17,6 +17,8 @@ SHIPPED = Path(__file__).resolve().parent.parent.parent / "data" / "smollm2-135m
 """Of the default model; an installation from a wheel has none."""
 SPREAD = 0.6180339887498949
 """Multiples of the golden ratio fill an interval evenly, wherever they stop."""
+NEAR_ENDS = 2
+"""Layers from the first or the last one, which models can spare least."""
 Sublayer = tuple[int, str]
 """A layer and "attention" or "mlp"."""
 
@@ -32,8 +34,14 @@ def skipped_count(sparsity: float, layers: int) -> int:
 
 
 def by_turns(layers: int) -> list[Sublayer]:
-    """The skippable sublayers in the order in which they go where nobody has searched: every other layer's first, spread evenly."""
-    return sorted(skippable(layers), key=lambda found: (found[0] % 2 == 0, found[1] == "mlp", found[0] // 2 * SPREAD % 1))
+    """The skippable sublayers in the order in which they go where nobody has searched: every other layer's first, spread evenly, those near
+    the ends last."""
+
+    def place(sublayer: Sublayer) -> tuple[bool, bool, bool, float]:
+        layer, part = sublayer
+        return min(layer, layers - 1 - layer) <= NEAR_ENDS, layer % 2 == 0, part == "mlp", layer // 2 * SPREAD % 1
+
+    return sorted(skippable(layers), key=place)
 
 
 def view_without(skipped: Sequence[Sublayer]) -> View:
@@ -57,7 +65,7 @@ class Sparse(View):
     @property
     def label(self) -> str:
         """See `View`."""
-        return f"{self.precision} weights at sparsity {self.sparsity:g}"
+        return f"weights without {self.sparsity:.0%} of the sublayers"
 
     def in_model(self, layers: int, width: int) -> View:
         """See `View`; a file that is damaged, of another model or without this sparsity raises `CatsError`."""
