@@ -6,7 +6,7 @@ from cats.config import MemoryOptions, MethodConfig
 from cats.methods import needs_of, small_shapes
 from cats.methods.medusa import MedusaConfig
 from cats.methods.rest import RestConfig
-from cats.planning.plan import COARSE
+from cats.planning.plan import COARSE, View
 from cats.settings import flag_of
 from tests.datastores import store_of
 from tests.heads import HEADS, heads_of
@@ -24,8 +24,20 @@ SHAPES = shapes_for(width=32)
 
 
 def memory_for(shape: str, memory: MemoryOptions | None = None) -> MemoryOptions | None:
-    """The options, with an int8 copy where the shape drafts with a coarse form of plain weights."""
+    """The options, with an int8 copy where the shape drafts with a coarse form of plain weights, and with its other views."""
+    if memory is not None:
+        memory = dataclasses.replace(memory, views=(*memory.views, *sparse_views(shape)))
     return dataclasses.replace(memory or MemoryOptions(), coarse="int8") if COARSE in needs_of(SHAPES[shape]).views else memory
+
+
+def sparse_views(shape: str) -> tuple[View, ...]:
+    """The views of the exact weights that the shape drafts with."""
+    return tuple(view for view in needs_of(SHAPES[shape]).views if view != COARSE)
+
+
+def follows_the_clock(shape: str) -> bool:
+    """Whether what a cycle verifies depends on what passes have taken, and so differs from run to run."""
+    return shape == "cascade-hidden" or SHAPES[shape].name == "cas_spec" or getattr(SHAPES[shape], "adaptive", False)
 
 
 def flags_of(config: MethodConfig) -> list[str]:

@@ -17,9 +17,9 @@ import cats
 from cats.acceptance import Greedy, Verdict
 from cats.cli.memory_flags import add_memory_flags, memory_options
 from cats.linear import Linear
-from cats.planning.plan import MemoryPlan
+from cats.planning.plan import MemoryPlan, View
 from cats.tree import TokenTree
-from tests.methods import SHAPES, memory_for
+from tests.methods import SHAPES, follows_the_clock, memory_for, sparse_views
 from tests.tiny_models import EOS, FAMILIES, LAYERS, SHALLOW_EXIT, TinyModel, prompts
 from tests.weight_kinds import STORED, of_kind, options_of, plain_of, rewritten
 
@@ -78,9 +78,9 @@ def streamed(tiny: TinyModel, memory: cats.MemoryOptions, kind: str = "plain") -
 
 
 @cache
-def smallest(tiny: TinyModel, ring_buffers: int = 1, kind: str = "plain") -> int:
-    """Bytes of the smallest budget of weights that this model and its adapters fit into."""
-    generous = cats.MemoryOptions(10**9, "weights", pinning=False, ring_buffers=ring_buffers)
+def smallest(tiny: TinyModel, ring_buffers: int = 1, kind: str = "plain", views: tuple[View, ...] = ()) -> int:
+    """Bytes of the smallest budget of weights that this model, its adapters and these views fit into."""
+    generous = cats.MemoryOptions(10**9, "weights", pinning=False, ring_buffers=ring_buffers, views=views)
     return plan_of(streamed(tiny, generous, kind)).charged
 
 
@@ -92,11 +92,13 @@ def test_every_method_and_ring(tiny: Tiny, kind: str, shape: str, ring_buffers: 
     if kind == "plain" and memory_for(shape) is not None:
         pytest.skip("plain weights have no coarse form to draft with")
     pinning = kind != "nested"  # of matrices of a page and a half, three windows hold more than the budget leaves to be streamed
-    memory = cats.MemoryOptions(smallest(tiny("llama"), ring_buffers, kind), "weights", pinning=pinning, ring_buffers=ring_buffers)
+    views = sparse_views(shape)
+    budget = smallest(tiny("llama"), ring_buffers, kind, views)
+    memory = cats.MemoryOptions(budget, "weights", pinning=pinning, ring_buffers=ring_buffers, views=views)
     model = streamed(tiny("llama"), memory, kind)
     assert plan_of(model).streamed
     found, wanted = run(model, shape), expected(tiny("llama"), shape, kind)
-    if shape == "cascade-hidden" or getattr(SHAPES[shape], "adaptive", False):  # trees that follow the clock: what is verified differs
+    if follows_the_clock(shape):
         found, wanted = (found[0], []), (wanted[0], [])
     assert_equal(found, wanted)
 

@@ -99,4 +99,4 @@ def views_of(kind: str) -> tuple[View, ...]:
 
 def options_of(kind: str, memory: MemoryOptions) -> MemoryOptions:
     """The options, with what drafts in a model of this kind."""
-    return replace(memory, views=views_of(kind), coarse="int8" if kind == "int8" else None)
+    return replace(memory, views=(*memory.views, *views_of(kind)), coarse="int8" if kind == "int8" else None)
