@@ -69,7 +69,7 @@ def committed_and_passes(records: Iterable[Record]) -> list[tuple[int, int]]:
     return [(sum(committed), len(committed)) for record in answered(records) for committed in [per_step([record], "committed")]]
 
 
-def ratio_interval(groups: Sequence[Sequence[tuple[int, float]]], level: float = 0.9, draws: int = 1000) -> tuple[float, float] | None:
+def ratio_interval(groups: Sequence[Sequence[tuple[float, float]]], level: float = 0.9, draws: int = 1000) -> tuple[float, float] | None:
     """The bootstrap interval of a ratio of sums, or of its mean over several groups: of the accepted length, of tokens per second; the same
     for the same counts.
 
