@@ -12,6 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import cats
 from cats import kernels
 from cats.acceptance import Greedy, Verdict
+from cats.masks import causal_sight
+from cats.planning.plan import View
+from cats.rows import Rows
 from cats.state import Cycle, DecodeState
 from cats.tree import TokenTree
 from tests.methods import SHAPES, memory_for
@@ -130,3 +133,28 @@ def long_context(directory: Path) -> Path:
     config = LlamaConfig(vocab_size=200, max_position_embeddings=2300, eos_token_id=EOS, **sizes)
     LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     return directory
+
+
+@pytest.mark.parametrize("view", [View(mlp=frozenset({1, 4})), View(attention=frozenset({2, 3}), mlp=frozenset({2}))])
+def test_views_that_leave_sublayers_out_run_in_one_call(tiny: Tiny, view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same states as sublayer by sublayer through transformers' layers, and as many layers counted."""
+    base = cats.load(tiny("llama-grouped").base).base
+    assert base.compiled is not None
+    calls, call = [], base.compiled._call
+    monkeypatch.setattr(base.compiled, "_call", lambda *arguments: calls.append(1) or call(*arguments))  # type: ignore[func-returns-value]
+
+    def states() -> tuple[torch.Tensor, int]:
+        with torch.inference_mode():
+            hidden = base.embed_tokens(torch.tensor([PROMPT]))
+            rope, count = base.rope.rows(torch.arange(len(PROMPT)), base.dtype), len(PROMPT)
+            sight = causal_sight(count, 0, base.dtype, base.device)
+            rows = Rows(hidden, rope, sight, base.new_cache(count), slice(0, count), count)
+            passes = base.run_layers([rows], 0, base.layer_count, view)
+        return rows.hidden_BTD, passes
+
+    found, passes = states()
+    assert len(calls) == 1
+    monkeypatch.setattr(base, "compiled", None)
+    expected, counted = states()
+    assert passes == counted
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

@@ -146,3 +146,22 @@ class Unverified(ViewStub):
 def test_what_a_draft_wrote_counts_for_nothing(tiny: Tiny, deed: str, sentence: str) -> None:
     with pytest.raises(RuntimeError, match=sentence):
         cats.generate(cats.load(tiny("llama").base), [5, 6, 7], Unverified(SUBSETS["mlp"], deed=deed), CONFIG)
+
+
+@dataclass
+class Undermined(ViewStub):
+    """Runs two nodes exactly, the first of them by a draft again, and then a third one exactly."""
+
+    def propose(self, cycle: Cycle) -> Sequence[int]:
+        nodes = [0, cycle.tree.add(0, 5, "trunk")]
+        cycle.target_logits(nodes)
+        cycle.target_logits(nodes[:1], SUBSETS["mlp"])
+        third = cycle.tree.add(nodes[1], 6, "trunk")
+        cycle.target_logits([third])
+        return [*nodes, third]
+
+
+def test_nothing_is_run_exactly_behind_what_a_draft_ran_last_however_far_above(tiny: Tiny) -> None:
+    """The third node's parent is exact, and its grandparent's keys and values are not."""
+    with pytest.raises(RuntimeError, match="behind nodes that a draft ran last"):
+        cats.generate(cats.load(tiny("llama").base), [5, 6, 7], Undermined(SUBSETS["mlp"]), CONFIG)
