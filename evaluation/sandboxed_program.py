@@ -21,10 +21,10 @@ CLONE_THREAD = 0x10000
 ALLOW, DENY, ABSENT = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38
 """What a filter answers: go on, EPERM, ENOSYS (so that the C library falls back on what can be looked into)."""
 KERNEL_NUMBERS = {
-    "x86_64": {"arch": 0xC000003E, "clone": 56, "socket": 41, "others": (57, 58, 59, 101, 272, 308, 322, 425)},
-    "aarch64": {"arch": 0xC00000B7, "clone": 220, "socket": 198, "others": (97, 117, 221, 268, 281, 425)},
+    "x86_64": {"arch": 0xC000003E, "clone": 56, "socket": 41, "others": (57, 58, 59, 62, 101, 200, 234, 272, 308, 322, 424, 425)},
+    "aarch64": {"arch": 0xC00000B7, "clone": 220, "socket": 198, "others": (97, 117, 129, 130, 131, 221, 268, 281, 424, 425)},
 }
-"""Of clone, socket, and what is denied too: fork, vfork, execve, ptrace, unshare, setns, execveat, io_uring_setup."""
+"""Of clone, socket, and what is denied too: fork, vfork, execve, kill and its kin, ptrace, unshare, setns, execveat, io_uring_setup."""
 CLONE3, OTHER_ABI = 435, 0x40000000
 
 
@@ -87,7 +87,7 @@ def give_up_files(library: Any, folder: str) -> bool:
 
 
 def give_up_calls(library: Any, sockets: bool) -> bool:
-    """From now on start no process, and no socket unless `sockets`, by a filter of system calls; False where there is none."""
+    """From now on start and signal no process, and open no socket unless `sockets`, by a filter of calls; False where there is none."""
     numbers = KERNEL_NUMBERS.get(platform.machine())
     if library is None or numbers is None or sys.maxsize < 2**32:
         return False

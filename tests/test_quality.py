@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from evaluation import quality, sandbox
+from evaluation import CATS_dynamic, quality, sandbox
+from evaluation.questions import BENCH_FOLDER
 from evaluation.sandbox import ERROR, PASSED, TIMEOUT, WRONG, Sandbox, check_sandbox, namespaces, run_program
 from tests.answer_records import answer_record, write_answers, write_lines
 
+TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 TEST = "def check(candidate):\n    assert candidate(1) == 2\n"
 RIGHT = "def f(x):\n    return x + 1\n"
 LIMITS = Sandbox(seconds=10, memory=1 << 27)
@@ -46,6 +48,7 @@ def run_of(program: str, limits: Sandbox = LIMITS) -> sandbox.Outcome:
         ("open('big', 'w').write('x' * (1 << 22))\n", ERROR, "File too large"),
         ("assert open('mine', 'w').write('x') == 1\n" + RIGHT, PASSED, ""),
         ("files = [open('/dev/null') for _ in range(1000)]\n", ERROR, "Too many open files"),
+        ("import os\nos.kill(os.getppid(), 9)\n", ERROR, "Error"),
         ("import os\nassert 'SECRET_OF_THE_CALLER' not in os.environ\n" + RIGHT, PASSED, ""),
     ],
 )
@@ -239,3 +242,14 @@ def test_a_record_of_another_form_is_named(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         quality.main(["gsm8k", str(path)])
     assert "is no answer file" in capsys.readouterr().err
+
+
+def test_the_answers_of_the_entry_point_are_found_with_their_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No --questions: the settings that the entry point writes name the sample set, whose references are used."""
+    asked = ["--bench-name", "gsm8k", "--question-end", "2", "--max-new-tokens", "4", "--device", "cpu", "--model-id", "tiny"]
+    asked += ["--method", "autoregressive", "--model-path", str(TINY)]
+    CATS_dynamic.main([*asked, "--output-dir", str(tmp_path), "--question-file", str(BENCH_FOLDER / "question_gsm8k.jsonl")])
+    quality.main(["gsm8k", str(tmp_path / "0.jsonl")])
+    found = json.loads((tmp_path / "0.gsm8k.json").read_text())
+    assert (found["answers"], found["cut_at_length"], found["made_of"]["model_id"]) == (2, 2, "tiny")
+    assert found["items"][0]["expected"] == "510"

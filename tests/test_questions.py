@@ -78,3 +78,15 @@ def test_a_slice_counts_from_zero_and_may_reach_past_the_end(tmp_path: Path) -> 
     for begin, end in ((3, 3), (4, 2), (-1, 2), (5, 9)):
         with pytest.raises(CatsError):
             select_questions(questions, begin, end)
+
+
+def test_references_and_task_ids_are_read_in_every_form_that_sets_use(tmp_path: Path) -> None:
+    forms = [("[]", ()), ('["a", ""]', ("a", "")), ('"42"', ("42",)), ("null", ()), ("[null, 3]", ("", "3"))]
+    path = tmp_path / "questions.jsonl"
+    lines = [
+        f'{{"question_id": {place}, "turns": ["x"], "reference": {form}, "task_id": "T/{place}"}}' for place, (form, _) in enumerate(forms)
+    ]
+    path.write_text("\n".join([*lines, '{"question_id": 9, "turns": ["x"]}']), encoding="utf-8")
+    questions = read_questions(path)
+    assert [question.reference for question in questions] == [*(expected for _, expected in forms), ()]
+    assert [question.task_id for question in questions] == [*(f"T/{place}" for place in range(len(forms))), ""]
