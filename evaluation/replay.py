@@ -167,13 +167,10 @@ def _recorded_cycle(accepted: int, nodes: int, agreed: int, steps: int) -> Repla
     return ReplayedCycle(min(accepted, steps + 1), frozenset(list(wanted)[:count]), through_correction=accepted == agreed + 1)
 
 
-class ReplayedCascade(Cascade):
-    """The cascade; only, where the shallow verifier differs from the draft is taken from the schedule, after it has been computed."""
+class Replayed(Method):
+    """What follows a schedule: an answer begins it again, each cycle is its next one. Stands before the method in the bases."""
 
-    def __init__(self, config: CascadeConfig, schedule: Schedule):
-        check_replayable(config)
-        super().__init__(config)
-        self.schedule = schedule
+    schedule: Schedule
 
     def start(self, state: DecodeState) -> None:
         """See `Method`."""
@@ -183,7 +180,16 @@ class ReplayedCascade(Cascade):
     def propose(self, cycle: Cycle) -> Sequence[int]:
         """See `Method`."""
         self.schedule.advance()
-        return super().propose(cycle)
+        return super().propose(cycle)  # type: ignore[safe-super]
+
+
+class ReplayedCascade(Replayed, Cascade):
+    """The cascade; only, where the shallow verifier differs from the draft is taken from the schedule, after it has been computed."""
+
+    def __init__(self, config: CascadeConfig, schedule: Schedule):
+        check_replayable(config)
+        super().__init__(config)
+        self.schedule = schedule
 
     def _compare(self, cycle: Cycle, trunk: Sequence[int], said: Sequence[int]) -> dict[int, int]:
         corrected = [place for place in sorted(self.schedule.current.corrected) if place < len(said)]
@@ -198,7 +204,7 @@ class ReplayedCascade(Cascade):
         return differing
 
 
-class ReplayedNested(Nested):
+class ReplayedNested(Replayed, Nested):
     """A chain of the coarse form, all of it computed."""
 
     config: NestedConfig
@@ -207,16 +213,6 @@ class ReplayedNested(Nested):
         check_replayable(config)
         super().__init__(config, build_method(config, model).held)
         self.schedule = schedule
-
-    def start(self, state: DecodeState) -> None:
-        """See `Method`."""
-        super().start(state)
-        self.schedule.restart()
-
-    def propose(self, cycle: Cycle) -> Sequence[int]:
-        """See `Method`."""
-        self.schedule.advance()
-        return super().propose(cycle)
 
 
 class ReplayedAcceptance:
