@@ -6,4 +6,5 @@ source scripts/environment.sh requirements-dev.txt
 
 ruff check --quiet .
 mypy --no-error-summary
-python -m pytest -q "$@"
+# One process a core, each with one thread; whoever has nothing left takes tests of another.
+OMP_NUM_THREADS=1 python -m pytest -q -n auto --dist worksteal "$@"
