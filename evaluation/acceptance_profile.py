@@ -5,8 +5,9 @@
 
 Writes `acceptance.json` into the folder that holds the adapters, or into the model's directory (nested weights bring their own drafter),
 one point per method and exits: tokens and nodes per target pass, over all benches of the table together. Exits are those of the table,
-or else what the adapter of that name in the folder says. Left out are methods that the planner cannot price and those that read a file
-which has a place on one machine only; tables of sampled answers are refused, since the planner predicts greedy ones.
+or else what the adapter of that name in the folder says. Left out are methods that the planner cannot price, those that read a file
+which has a place on one machine only, and those that were not measured on every bench, since benches differ more than methods do; tables
+of sampled answers are refused, since the planner predicts greedy ones.
 """
 
 import argparse
@@ -26,24 +27,33 @@ from cats.planned import ACCEPTANCE_FILE
 from cats.planning.profile import AcceptancePoint, AcceptanceProfile, save_acceptance
 
 
-def profile_of(cells: Iterable[Mapping[str, Any]], folder: Path) -> AcceptanceProfile:
-    """Points of every method in the cells that the planner can price; cells of one method and exits are pooled by their steps."""
+def profile_of(cells: Sequence[Mapping[str, Any]], folder: Path) -> AcceptanceProfile:
+    """Points of every method that the planner can price and that has a cell of every bench; a method's cells are pooled by their steps."""
     pooled: dict[tuple[Any, tuple[int, ...]], list[Mapping[str, Any]]] = {}
     for cell in cells:
         method = method_of(cell["settings"]["method"])
         if method.priced and cell["summary"]["steps"] and not has_place(method):
             exits = tuple(exit_of(cell["settings"]["adapters"][name], folder) for name in needs_of(method).adapters)
             pooled.setdefault((method, exits), []).append(cell)
-    points = []
+    points, benches = [], benches_of(cells)
     for (method, exits), same in pooled.items():
+        if benches_of(same).keys() != benches.keys():
+            continue
         steps = sum(cell["summary"]["steps"] for cell in same)
         accepted, nodes = (
             sum(cell["summary"][name] * cell["summary"]["steps"] for cell in same) / steps for name in ("accepted_length", "nodes_per_step")
         )
         points.append(AcceptancePoint(method, exits, round(accepted, 4), round(nodes, 2)))
     if not points:
-        raise CatsError("the table has no method that the planner can price; measure prompt_lookup, kangaroo, cascade or nested.")
-    return AcceptanceProfile(tuple(points), (notes_of(list(cells)),))
+        raise CatsError(
+            "the table has no method that the planner can price, of all its benches; measure prompt_lookup, kangaroo, cascade or nested."
+        )
+    return AcceptanceProfile(tuple(points), (notes_of(cells),))
+
+
+def benches_of(cells: Iterable[Mapping[str, Any]]) -> dict[str, None]:
+    """The benches of some cells, in their order."""
+    return dict.fromkeys(cell["settings"]["bench"] for cell in cells)
 
 
 def has_place(method: MethodConfig) -> bool:
@@ -66,7 +76,7 @@ def exit_of(adapter: Mapping[str, Any], folder: Path) -> int:
 def notes_of(cells: Sequence[Mapping[str, Any]]) -> str:
     """How it was measured."""
     settings = cells[0]["settings"]
-    benches = ", ".join(dict.fromkeys(cell["settings"]["bench"] for cell in cells))
+    benches = ", ".join(benches_of(cells))
     return f"{settings['model']['name']}, greedy, {settings['dtype']}, {benches}, at most {settings['max_new_tokens']} tokens an answer"
 
 

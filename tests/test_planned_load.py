@@ -276,12 +276,13 @@ def test_a_table_of_accepted_lengths_becomes_a_profile(tiny: Tiny, tmp_path: Pat
     assert "sampled answers" in capsys.readouterr().err
     cells = [cell("mtbench", chain, used, 100, 3.0), cell("gsm8k", chain, used, 300, 4.0)]
     cells += [cell("mtbench", {"name": "eagle_self"}, {"draft": used["draft"]}, 9, 2.0)]
+    cells += [cell("gsm8k", {"name": "prompt_lookup"}, {}, 9, 2.0)]  # of one bench, and not to be compared
     (tmp_path / "table.json").write_text(json.dumps({"cells": cells}))
     acceptance_profile.main([str(tmp_path / "table.json"), "--adapters", str(tmp_path)])
     assert capsys.readouterr().out == " 3.750  CATS chain, exits 1 and 3, 5 steps\n"
     assert load_acceptance(tmp_path / "acceptance.json", method_of).points == (AcceptancePoint(cats.CascadeConfig(), EXITS, 3.75, 9.75),)
     used["draft"]["name"] = "unknown"
-    for spoilt, says in (({"cells": cells}, "does not say the exit"), ({"cells": [{}]}, "no table"), ({"cells": cells[2:]}, "no method")):
+    for spoilt, says in (({"cells": cells}, "does not say the exit"), ({"cells": [{}]}, "no table"), ({"cells": cells[2:3]}, "no method")):
         (tmp_path / "table.json").write_text(json.dumps(spoilt))
         with pytest.raises(SystemExit):
             acceptance_profile.main([str(tmp_path / "table.json"), "--adapters", str(tmp_path)])
