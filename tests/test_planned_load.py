@@ -275,7 +275,7 @@ def test_a_table_of_accepted_lengths_becomes_a_profile(tiny: Tiny, tmp_path: Pat
         acceptance_profile.main([str(tmp_path / "table.json"), "--model-path", str(tmp_path / "model")])
     assert "sampled answers" in capsys.readouterr().err
     cells = [cell("mtbench", chain, used, 100, 3.0), cell("gsm8k", chain, used, 300, 4.0)]
-    cells += [cell("mtbench", {"name": "eagle_self"}, {"draft": used["draft"]}, 9, 2.0)]
+    cells += [cell("mtbench", {"name": "cas_spec"}, {}, 9, 2.0)]
     cells += [cell("gsm8k", {"name": "prompt_lookup"}, {}, 9, 2.0)]  # of one bench, and not to be compared
     (tmp_path / "table.json").write_text(json.dumps({"cells": cells}))
     acceptance_profile.main([str(tmp_path / "table.json"), "--adapters", str(tmp_path)])

@@ -14,6 +14,7 @@ from cats.config import MethodConfig
 from cats.methods.base import Method, Preset
 from cats.methods.chain import draft_chain
 from cats.methods.drafting import STEPS, TOTAL_TOKENS, TREE_TOPK, check_tree
+from cats.planning.cost import Passes, Work
 from cats.tree import best_candidates
 
 if TYPE_CHECKING:
@@ -43,6 +44,18 @@ class EagleSelfConfig(MethodConfig):
     def draft_passes(self) -> int:
         """See `MethodConfig`."""
         return self.steps
+
+    def label(self, exits: tuple[int, ...]) -> str:
+        """See `MethodConfig`."""
+        shape = "chain" if self.tree_topk == 1 else f"tree of {self.node_budget} nodes"
+        return f"EAGLE-self {shape}, exit {exits[0]}, {self.steps} steps"
+
+    def work(self, passes: Passes, exits: tuple[int, ...], layers: int, nodes: float) -> Work:
+        """See `MethodConfig`; the last drafted node, or half of a tree's, enters the exit's layers after drafting."""
+        level = passes.run(self.tree_topk, exits[0]) + passes.exit(self.tree_topk)
+        drafting = passes.run(1, exits[0]) + passes.exit(1) + (self.steps - 1) * level
+        entering = passes.run(1 if self.tree_topk == 1 else nodes / 2, exits[0])
+        return passes.target(nodes, layers - exits[0], drafting + entering)
 
 
 class EagleSelf(Method):
