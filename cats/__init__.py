@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cats.config import GenerationConfig, MemoryOptions, MethodConfig
     from cats.engine import Generation, Step
     from cats.errors import CatsError
+    from cats.kept import KeptCaches
     from cats.methods import METHODS, build_method
     from cats.methods.autoregressive import AutoregressiveConfig
     from cats.methods.cascade import CascadeConfig
@@ -28,6 +29,7 @@ _HOMES = {
     "config": ("GenerationConfig", "MemoryOptions", "MethodConfig"),
     "engine": ("Generation", "Step"),
     "errors": ("CatsError",),
+    "kept": ("KeptCaches",),
     "methods": ("METHODS", "build_method"),
     "stopping": ("StopStrings",),
     "text": ("ModelText",),
@@ -45,6 +47,7 @@ __all__ = [
     "Generation",
     "GenerationConfig",
     "KangarooConfig",
+    "KeptCaches",
     "MemoryOptions",
     "MethodConfig",
     "ModelText",

@@ -16,6 +16,7 @@ from cats.earlyexit import read_config
 from cats.engine import Generation, Step, Stop
 from cats.errors import CatsError
 from cats.hub import locate
+from cats.kept import KeptCaches
 from cats.methods import METHODS, best_method, build_method, check_runnable, needs_of, with_needs
 from cats.methods.base import Method
 from cats.planned import Loading, LoadPlan, Planning, plan_load
@@ -79,6 +80,7 @@ class CatsModel(MultiAdapterCATSModel):
         *,
         stop: Sequence[str] = (),
         on_step: Callable[[StepTrace], object] | None = None,
+        kept: KeptCaches | None = None,
         **generation: int | float,
     ) -> Answer:
         """The answer to a question, or to a conversation of `{"role": ..., "content": ...}`, in the checkpoint's chat template.
@@ -87,10 +89,12 @@ class CatsModel(MultiAdapterCATSModel):
             method: a name, a configuration, a method, or None: the planned one, or else the best that the loaded adapters allow.
             stop: texts that end the answer, beyond those of the template.
             on_step: called with the trace of every step when it is done.
+            kept: caches that outlive the answer; of the next turn's prompt, only what they lack is read.
             generation: fields of `GenerationConfig`.
         """
         text, config = self.text, GenerationConfig(**generation)  # type: ignore[arg-type]
-        found = engine.generate(self, text.prompt_ids(messages), chosen_method(self, method), config, stop=text.stop(stop), on_step=on_step)
+        ids, chosen = text.prompt_ids(messages), chosen_method(self, method)
+        found = engine.generate(self, ids, chosen, config, stop=text.stop(stop), on_step=on_step, kept=kept)
         return Answer(found.ids, found.finish, found.traces, text.answer)
 
 
@@ -199,10 +203,12 @@ def stream(
     *,
     stop: Stop | None = None,
     acceptance: Acceptance | None = None,
+    kept: KeptCaches | None = None,
 ) -> Generator[Step, None, None]:
     """Continue text or token ids step by step; see `cats.engine.stream`. Text is taken as it stands, without a chat template."""
     config = config or GenerationConfig()
-    return engine.stream(model, ids_of(model, prompt), chosen_method(model, method), config, stop=stop, acceptance=acceptance)
+    ids, chosen = ids_of(model, prompt), chosen_method(model, method)
+    return engine.stream(model, ids, chosen, config, stop=stop, acceptance=acceptance, kept=kept)
 
 
 def generate(
@@ -215,6 +221,7 @@ def generate(
     stop: Stop | None = None,
     acceptance: Acceptance | None = None,
     on_step: Callable[[StepTrace], object] | None = None,
+    kept: KeptCaches | None = None,
 ) -> Answer:
     """Continue text or token ids; see `stream` and `cats.engine.generate`."""
     found = engine.generate(
@@ -226,6 +233,7 @@ def generate(
         stop=stop,
         acceptance=acceptance,
         on_step=on_step,
+        kept=kept,
     )
     fields = {item.name: getattr(found, item.name) for item in dataclasses.fields(found)}
     return Answer(**fields, decode=lambda ids: text_of(model).decode(ids))

@@ -14,6 +14,7 @@ from cats.acceptance import Acceptance, Verdict, build_acceptance
 from cats.cats_model import MultiAdapterCATSModel
 from cats.config import GenerationConfig, require
 from cats.errors import CatsError, ContractError
+from cats.kept import KeptCaches
 from cats.methods.base import Method
 from cats.state import Cycle, DecodeState, verify
 from cats.trace import Confusion, StepTrace
@@ -88,7 +89,7 @@ class Limits:
 
 def read_prompt(state: DecodeState, acceptance: Acceptance, limits: Limits) -> Step:
     """The first step: run the prompt; the target's own token after it becomes the root."""
-    cycle = Cycle(state, depth_limit=0)
+    cycle, kept = Cycle(state, depth_limit=0), state.cache.length
     with cycle.stage("target"):
         logits_1V = state.read_prompt()
     with cycle.stage("accept"):
@@ -106,6 +107,7 @@ def read_prompt(state: DecodeState, acceptance: Acceptance, limits: Limits) -> S
         seconds=seconds,
         started=cycle.watch.started,
         spans=tuple(cycle.watch.spans),
+        prompt_rows=limits.prompt - kept,
     )
     return Step([verdict.next_token][:keep], finish, trace)
 
@@ -211,8 +213,9 @@ def stream(
     *,
     stop: Stop | None = None,
     acceptance: Acceptance | None = None,
+    kept: KeptCaches | None = None,
 ) -> Generator[Step, None, None]:
-    """Generate step by step. Nothing survives the call: an exception, or an abandoned iterator, leaves no state behind.
+    """Generate step by step. But for `kept`, nothing survives the call: an exception, or an abandoned iterator, leaves no state behind.
 
     Several threads may use one model: their steps take turns (cats/turns.py), and nothing is locked between two steps. Under a memory
     budget for the whole process, which grants caches for one answer, an answer of another thread waits until this one ends.
@@ -222,6 +225,7 @@ def stream(
         stop: called after each step with the answer so far and how many of its tokens are new; returns how many tokens of the whole
             answer to keep, which ends it there, or None to go on. It may cut into earlier steps (`Step.taken_back`).
         acceptance: a rule to use in place of the one that `config` names.
+        kept: caches that outlive the answer; of the prompt, only what they lack is read.
 
     Raises:
         CatsError: the prompt is empty or does not fit, an adapter is missing, the method was built for another model, `stop` returned
@@ -229,6 +233,8 @@ def stream(
         ContractError: the method broke the contract of `Method`.
     """
     method.check_model(model)
+    if kept is not None:
+        kept.check_model(model)
     context = model.base.context
     require(len(prompt_ids) > 0, "the prompt is empty; give at least one token.")
     require(
@@ -240,8 +246,12 @@ def stream(
     turns = model.base.turns
     with turns.answer() as place, ExitStack() as ending:
         with turns.step(place), model.base.stepping():
-            state = DecodeState(model, prompt_ids, method.adapters, len(prompt_ids) + limits.room, method.max_nodes)
-            ending.callback(state.close)
+            positions = limits.prompt + limits.room
+            if kept is None:
+                state = DecodeState(model, prompt_ids, method.adapters, positions, method.max_nodes)
+                ending.callback(state.close)
+            else:
+                state = ending.enter_context(kept.lent(method.adapters, method.max_nodes, prompt_ids, positions))
             step = read_prompt(state, acceptance, limits)
             method.start(state)
         yield step
@@ -261,6 +271,7 @@ def generate(
     stop: Stop | None = None,
     acceptance: Acceptance | None = None,
     on_step: Callable[[StepTrace], object] | None = None,
+    kept: KeptCaches | None = None,
 ) -> Generation:
     """Generate one answer; see `stream`. A transformers `streamer` gets the prompt, then each step's tokens one by one.
 
@@ -272,7 +283,7 @@ def generate(
     finish: str | None = None
     if streamer is not None:
         streamer.put(torch.tensor([list(prompt_ids)]))
-    for step in stream(model, prompt_ids, method, config, stop=stop, acceptance=acceptance):
+    for step in stream(model, prompt_ids, method, config, stop=stop, acceptance=acceptance, kept=kept):
         ids, traces, finish = ids[: len(ids) - step.taken_back] + step.tokens, [*traces, step.trace], step.finish
         if on_step is not None:
             on_step(step.trace)

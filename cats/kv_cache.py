@@ -27,12 +27,15 @@ class KVCache(Cache):
     ):
         super().__init__(layers=[])
         shape = (layers, 2, 1, config.num_key_value_heads, capacity, head_dim(config))
-        self.storage = torch.empty(shape, dtype=dtype, device=device).zero_() if touched else torch.zeros(shape, dtype=dtype, device=device)
-        self._keys = [self.storage[layer, 0] for layer in range(layers)]
-        self._values = [self.storage[layer, 1] for layer in range(layers)]
+        self._hold(torch.empty(shape, dtype=dtype, device=device).zero_() if touched else torch.zeros(shape, dtype=dtype, device=device))
         self._slots: slice | torch.Tensor = slice(0, 0)
         self._end = 0
         self.length = 0
+
+    def _hold(self, storage: torch.Tensor) -> None:
+        self.storage = storage
+        self._keys = [storage[layer, 0] for layer in range(len(storage))]
+        self._values = [storage[layer, 1] for layer in range(len(storage))]
 
     @property
     def capacity(self) -> int:
@@ -43,6 +46,12 @@ class KVCache(Cache):
     def nbytes(self) -> int:
         """Bytes held, whether used or not."""
         return self.storage.nbytes
+
+    def grow(self, capacity: int) -> None:
+        """Have so many slots; committed positions stay."""
+        before = self.storage
+        self._hold(before.new_zeros((*before.shape[:4], capacity, before.shape[5])))
+        self.storage[:, :, :, :, : self.length] = before[:, :, :, :, : self.length]
 
     def free(self) -> None:
         """Give the memory back; the cache is of no use then."""

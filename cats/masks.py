@@ -35,13 +35,13 @@ def tree_sight(visible_QT: np.ndarray, prefix: int, dtype: torch.dtype, device: 
     return Sight(cache(partial(tree_bias, visible_QT, prefix, dtype, device, before)), partial(tree_paths, visible_QT, prefix, before))
 
 
-def causal_sights(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> list[Sight]:
-    """Of `count` consecutive positions from 0 on, in groups of `rows`."""
-    biases = cache(partial(causal_biases, count, rows, dtype, device))
+def causal_sights(count: int, rows: int, dtype: torch.dtype, device: torch.device, prefix: int = 0) -> list[Sight]:
+    """Of `count` consecutive positions after `prefix` cached ones, in groups of `rows`."""
+    biases = cache(partial(causal_biases, count, rows, dtype, device, prefix))
 
     def sight(number: int) -> Sight:
         start = number * rows
-        return Sight(lambda: biases()[number], partial(causal_paths, min(rows, count - start), start))
+        return Sight(lambda: biases()[number], partial(causal_paths, min(rows, count - start), prefix + start))
 
     return [sight(number) for number in range(-(-count // rows))]
 
@@ -101,14 +101,16 @@ def causal_bias(rows: int, prefix: int, dtype: torch.dtype, device: torch.device
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))[None, None]
 
 
-def causal_biases(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor | None]:
-    """Biases as of `causal_bias` for `count` consecutive positions from 0 on, in groups of `rows`: views of the last group's."""
-    starts = range(0, count, rows)
+def causal_biases(count: int, rows: int, dtype: torch.dtype, device: torch.device, prefix: int = 0) -> list[torch.Tensor | None]:
+    """Biases as of `causal_bias` for `count` consecutive positions after `prefix` cached ones, in groups of `rows`: views of the last
+    group's."""
+    end = prefix + count
+    starts = range(prefix, end, rows)
     last = starts[-1]
-    stairs = causal_bias(rows, last, dtype, device)
+    stairs = causal_bias(min(rows, count), last, dtype, device)
     biases: list[torch.Tensor | None] = []
     for start in starts:
-        height = min(rows, count - start)
+        height = min(rows, end - start)
         alone = start == 0 or height == 1
         biases.append(None if alone or stairs is None else stairs[:, :, :height, last - start : last + height])
     return biases

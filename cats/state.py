@@ -5,6 +5,7 @@ root. Within a step every tree node stands at some layer, and `Cycle.advance` on
 computed twice: drafting takes nodes to exit d, shallow verification to exit s, the target pass takes them on from there.
 """
 
+import itertools
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,18 @@ class AdapterState:
             self.read(self.pending_ND[:PREFILL_ROWS])
             self.pending_ND = self.pending_ND[PREFILL_ROWS:].clone()
 
+    def follow(self, hidden_ND: torch.Tensor) -> None:
+        """Read what waits, and the exit states of committed tokens that follow on it."""
+        waiting_ND, self.pending_ND = self.pending_ND, self.pending_ND[:0]
+        for rows_ND in (waiting_ND, hidden_ND):
+            if len(rows_ND):
+                self.read(rows_ND)
+
+    def crop(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        self.cache.crop(length)
+        self.pending_ND = self.pending_ND[: length - self.cache.length].clone()
+
     def read(self, hidden_ND: torch.Tensor) -> None:
         """Run the adapter on the exit states of the committed tokens that follow on those in its cache."""
         start, rows = self.cache.length, len(hidden_ND)
@@ -58,10 +71,11 @@ class AdapterState:
 
 
 class DecodeState:
-    """One answer in the making.
+    """One answer in the making, and what its caches hold for the next one (`resume`).
 
     Attributes:
         tokens: prompt and answer so far; the last one is the root and is in no cache.
+        capacity: positions that prompt and answer may take.
         cache: base keys and values of all tokens but the root.
         adapters: state of every adapter that the method uses.
         final_hidden_1D: state leaving the last layer at the newest cached token.
@@ -70,10 +84,11 @@ class DecodeState:
 
     def __init__(self, model: MultiAdapterCATSModel, prompt: Sequence[int], adapters: tuple[str, ...], capacity: int, max_nodes: int):
         base = model.base
-        self.model, self.base, self.max_nodes = model, base, max_nodes
+        self.model, self.base, self.max_nodes, self.capacity = model, base, max_nodes, capacity
         self.exits = model.exits(adapters)
         self.tokens = list(prompt)
         base.source.admit(capacity, max_nodes)
+        base.source.make_room()
         self._returned: list[weakref.finalize[..., DecodeState]] = []
         self._charge(capacity, max_nodes, adapters)
         self.cache = base.new_cache(capacity + max_nodes)
@@ -99,12 +114,41 @@ class DecodeState:
 
     def close(self) -> None:
         """The answer has ended: give back what it holds, whoever still refers to it."""
-        for give_back in self._returned:
-            give_back()
-        for cache in (self.cache, *(adapter.cache for adapter in self.adapters.values())):
+        self._give_back()
+        for cache in self._caches:
             cache.free()
         self._rows.clear()
         self.base.source.answer_ended()
+
+    def _give_back(self) -> None:
+        for give_back in self._returned:
+            give_back()
+        self._returned.clear()
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return [self.cache, *(adapter.cache for adapter in self.adapters.values())]
+
+    def resume(self, prompt: Sequence[int], capacity: int) -> None:
+        """Begin the next answer: what its prompt shares with the text in the caches stays there, but for the prompt's last token, which
+        is always run."""
+        pairs = zip(self.tokens[: self.cache.length], prompt[:-1], strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.cache.crop(shared)
+        for adapter in self.adapters.values():
+            adapter.crop(shared)
+        if capacity > self.capacity:
+            self._grow(capacity)
+        self.tokens, self.prompt_passes = list(prompt), 0
+
+    def _grow(self, capacity: int) -> None:
+        """Have room for so many positions."""
+        slots, self.capacity = capacity + self.max_nodes, capacity
+        self._give_back()
+        self._charge(capacity, self.max_nodes, tuple(self.adapters))
+        for cache in self._caches:
+            cache.grow(slots)
+        self._places = torch.arange(slots, device=self.base.device)
 
     def rows_at(self, layer: int) -> torch.Tensor:
         """Work space [max_nodes, D] for the states of tree nodes that stand at `layer`."""
@@ -113,27 +157,27 @@ class DecodeState:
         return self._rows[layer]
 
     def read_prompt(self) -> torch.Tensor:
-        """Run the prompt through every layer, in groups of rows; returns the logits [1, V] after its last token."""
+        """Run what the caches lack of the prompt through every layer, in groups of rows; the logits [1, V] after its last token."""
         groups, reached = self._prompt_rows(), 0
         for level in self.levels:
             self.prompt_passes += self.base.run_layers(groups, reached, level)
             reached = level
             for name in (name for name, exit_layer in self.exits.items() if exit_layer == level):
                 for group in groups:
-                    self.adapters[name].read(group.hidden_BTD[0])
+                    self.adapters[name].follow(group.hidden_BTD[0])
         self.cache.length = len(self.tokens)
         self.final_hidden_1D = groups[-1].hidden_BTD[0, -1:]
         return self.base.target_logits(self.final_hidden_1D)
 
     def _prompt_rows(self) -> list[Rows]:
-        """The prompt, embedded, PREFILL_ROWS positions to a group whatever the budget: a group's size shows in the last bits."""
-        base, count = self.base, len(self.tokens)
-        sights = causal_sights(count, PREFILL_ROWS, base.dtype, base.device)
-        positions = torch.arange(count, device=base.device).split(PREFILL_ROWS)
-        embedded = base.embed_tokens(torch.tensor([self.tokens], device=base.device)).split(PREFILL_ROWS, dim=1)
+        """What the caches lack, embedded, PREFILL_ROWS positions to a group whatever the budget: a group's size shows in the last bits."""
+        base, known, count = self.base, self.cache.length, len(self.tokens)
+        sights = causal_sights(count - known, PREFILL_ROWS, base.dtype, base.device, known)
+        positions = torch.arange(known, count, device=base.device).split(PREFILL_ROWS)
+        embedded = base.embed_tokens(torch.tensor([self.tokens[known:]], device=base.device)).split(PREFILL_ROWS, dim=1)
         groups: list[Rows] = []
         for hidden, sight, places in zip(embedded, sights, positions, strict=True):
-            start = len(groups) * PREFILL_ROWS
+            start = known + len(groups) * PREFILL_ROWS
             end = start + len(places)
             groups.append(Rows(hidden, base.rope.rows(places, base.dtype), sight, self.cache, slice(start, end), end))
         return groups

@@ -86,6 +86,7 @@ class StepTrace:
         started: when the step began, in seconds of `time.perf_counter`.
         spans: (stage, begin, end) of everything that ran in a stage, in order, by the same clock.
         passes: what each pass cost, in order; none are listed of a prompt.
+        prompt_rows: tokens of the prompt that were run, kept caches holding the others; 0 but of a prefill.
     """
 
     prefill: bool
@@ -101,6 +102,7 @@ class StepTrace:
     started: float = 0.0
     spans: tuple[tuple[str, float, float], ...] = ()
     passes: tuple[PassCost, ...] = ()
+    prompt_rows: int = 0
 
     @property
     def coarse_layer_passes(self) -> int:

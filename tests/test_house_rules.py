@@ -26,7 +26,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "nested", "runtime"}),
     frozenset({"calibration"}),
     frozenset({"embedding", "adapter", "earlyexit", "loading", "held", "cats_model", "medusa_heads"}),
-    frozenset({"state"}),
+    frozenset({"state", "kept"}),
     frozenset({"methods"}),
     frozenset({"reference", "engine"}),
     frozenset({"machine"}),

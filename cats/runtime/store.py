@@ -6,6 +6,7 @@ order of the plan. Streamed pieces of a CUDA device come through two places ther
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -66,6 +67,7 @@ class Store:
         self._hosted: dict[Piece, torch.Tensor] = {}
         self._running = threading.RLock()
         self._fit = {EXACT}
+        self._resting: Callable[[], Callable[[], object] | None] = lambda: None
         self._sublayers: dict[tuple[int, str], list[str]] = {}
         for piece in self.plan.streamed:
             self._sublayers.setdefault(piece.sublayer, []).append(self.names[piece])
@@ -130,6 +132,18 @@ class Store:
                 f"this method grows trees of up to {nodes} nodes and the memory plan holds {demand.nodes}; give it a smaller tree, "
                 f"or load the model with nodes={nodes}."
             )
+
+    def rest(self, give_up: Callable[[], object]) -> None:
+        """An answer's caches stay for its next one; under a budget for the whole process `give_up`, a method, is called where another
+        answer needs their memory. Its object is not kept alive."""
+        if self.one_answer:
+            self._resting = weakref.WeakMethod(give_up)
+
+    def make_room(self) -> None:
+        """Let caches that rest be given up, before an answer has caches of its own."""
+        give_up = self._resting()
+        if give_up is not None:
+            give_up()
 
     def answer_ended(self) -> None:
         """Under a budget for the whole process, let what the answer held go back to the system."""
