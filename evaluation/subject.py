@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,7 @@ def load_subject(
     return Subject(model)
 
 
-def subject_settings(
-    args: argparse.Namespace, model: ChosenModel, memory: MemoryOptions | None, text: ModelText
-) -> dict[str, Any]:
+def subject_settings(args: argparse.Namespace, model: ChosenModel, memory: MemoryOptions | None, text: ModelText) -> dict[str, Any]:
     """What the flags of the model decide, as a record: weights, dtype, device, template and, where something is streamed, how."""
     settings = {
         "model": {"name": model.name, "weights": weights_fingerprint(model.directory)},
@@ -191,9 +189,14 @@ def stored_bytes(directory: Path) -> int:
 
 
 def weights_fingerprint(directory: str | Path) -> str:
-    """A hash of a checkpoint's weights: sizes, and the first, middle and last MiB of each file; retrained weights never look the same."""
+    """A hash of a checkpoint's weights, as `files_fingerprint` makes it."""
+    return files_fingerprint(sorted(weight_files(directory)))
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """A hash of files: sizes, and the first, middle and last MiB of each; retrained weights never look the same."""
     digest = hashlib.sha256()
-    for path in sorted(weight_files(directory)):
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

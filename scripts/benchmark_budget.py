@@ -1,8 +1,9 @@
-"""Tokens per second of one model under one memory budget: ours (plain, CATS, nested), accelerate's disk offload, mapped files, in turns.
+"""Tokens per second of one model under one memory budget: ours (plain, CATS, nested), transformers' ways and peers, in turns.
 
     python -m scripts.benchmark_budget --model-path M --draft-adapter-path D --shallow-adapter-path S --memory-budget 8GB \
         --replayed-acceptance 3.05 --repeats 3 --output evaluation/results/seven_billion.json
     ... --nested-model-path N --nested-steps 20 --nested-acceptance 11     and the chain of nested weights made of the same checkpoint
+    ... --peer-python PEERS/bin/python --gguf-path F --airllm-path A       and llama.cpp, AirLLM, memopro (docs/peers.md)
 
 Every run is a fresh process in a memory control group of the budget's size (which counts the page cache), on shards that the page
 cache has forgotten. With --flash-bandwidth the kernel holds every engine's reads to that rate. With --replayed-acceptance the adapters
@@ -15,7 +16,9 @@ where it stopped, and tries failed runs again.
 import argparse
 import dataclasses
 import json
+import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -32,10 +35,12 @@ from cats.files import write_atomically
 from cats.planning.plan import parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
 from evaluation.record_file import append_record, check_settings, read_records, write_json
-from evaluation.subject import weights_fingerprint
+from evaluation.subject import files_fingerprint, weights_fingerprint
 from evaluation.timing import environment
-from scripts.budget_engines import ENGINES, Request
+from scripts.budget_engines import ENGINES
 from scripts.memory_run import forget, python_command, run_limited
+from scripts.peer_engines import PEERS
+from scripts.timed_run import Request
 
 TITLES = {
     "plain": "ours, plain decoding",
@@ -43,6 +48,9 @@ TITLES = {
     "nested": "ours, nested",
     "accelerate": "accelerate, disk offload",
     "mmap": "transformers, mapped files",
+    "llama_cpp": "llama.cpp, mapped GGUF",
+    "airllm": "AirLLM, layer by layer",
+    "memopro": "memopro, streamed weights",
 }
 REFERENCE = "plain"
 COLUMNS = (
@@ -84,15 +92,22 @@ def in_turns(engines: Sequence[str], repeats: int) -> list[tuple[int, str]]:
     return [(repeat, engines[(repeat + place) % len(engines)]) for repeat in range(repeats) for place in range(len(engines))]
 
 
-def one_run(request: Request, read_rate: float | None, limited: bool, timeout: float) -> dict[str, Any]:
-    """A fresh process for one request; what it measured, or why it failed."""
+def files_of(converted: str | None) -> list[Path]:
+    """The files of a peer's own copy of the weights, which may be missing."""
+    path = Path(converted or "")
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*.safetensors") if converted)
+
+
+def one_run(request: Request, python: str, read_rate: float | None, limited: bool, timeout: float) -> dict[str, Any]:
+    """A fresh process of an interpreter for one request; what it measured, or why it failed."""
     shards = weight_files(request.model)
-    forget(shards)
+    forget([*shards, *files_of(request.converted)])
+    module = "scripts.peer_engines" if request.engine in PEERS else "scripts.budget_engines"
     with tempfile.TemporaryDirectory(prefix="cats-budget-") as folder:
         asked, answer, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
         asked.write_text(json.dumps(dataclasses.asdict(request)))
         outcome = run_limited(
-            python_command("scripts.budget_engines", str(asked), str(answer)),
+            python_command(module, str(asked), str(answer), python=python),
             (request.budget_bytes or SOME_LIMIT) if limited else None,
             read_rate,
             shards[0],
@@ -105,9 +120,7 @@ def one_run(request: Request, read_rate: float | None, limited: bool, timeout: f
     return {**result, **rates, "group_peak_bytes": outcome.group_peak_bytes}
 
 
-def summarise(
-    records: Sequence[dict[str, Any]], engines: Sequence[str], replayed: dict[str, float | None]
-) -> list[dict[str, Any]]:
+def summarise(records: Sequence[dict[str, Any]], engines: Sequence[str], replayed: dict[str, float | None]) -> list[dict[str, Any]]:
     """One row per engine: medians over its runs, and the median of the quotients of runs of the same repeat."""
     rows = []
     speeds = {(r["engine"], r["repeat"]): r["tokens_per_s"] for r in records if "failed" not in r}
@@ -119,7 +132,7 @@ def summarise(
             rates = [record["tokens_per_s"] for record in good]
             names = ("tokens_per_s", "accepted_length", "disk_bytes_per_token", "load_seconds", "prefill_seconds", "seconds_per_step")
             row |= {name: statistics.median(record[name] for record in good) for name in names}
-            row |= {"slowest": min(rates), "fastest": max(rates), "arithmetic": good[0]["notes"]["arithmetic"]}
+            row |= {"slowest": min(rates), "fastest": max(rates), **{k: good[0]["notes"].get(k) for k in ("arithmetic", "version")}}
             row |= {name: max(record[name] for record in good) for name in ("peak_bytes", "load_peak_bytes")}
             row["group_peak_bytes"] = max((record["group_peak_bytes"] for record in good if record["group_peak_bytes"]), default=None)
             bounds = [bound_seconds(record) for record in good]
@@ -149,7 +162,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             continue
         stages = row["stage_seconds_per_step"]
         cells = [
-            row["engine"] + (f" ({len(row['failed'])} of {row['runs']} failed)" if row["failed"] else ""),
+            ", ".join(filter(None, (row["engine"], row["version"])))
+            + (f" ({len(row['failed'])} of {row['runs']} failed)" if row["failed"] else ""),
             f"{row['tokens_per_s']:.3f} ({row['slowest']:.3f}-{row['fastest']:.3f})",
             "-" if row["against_plain"] is None else f"{row['against_plain']:.2f}x",
             f"{row['accepted_length']:.2f}",
@@ -207,7 +221,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft-adapter-path", help="for CATS")
     parser.add_argument("--shallow-adapter-path", help="for CATS")
     parser.add_argument("--nested-model-path", help="nested checkpoint made of the same weights, for nested")
-    parser.add_argument("--engines", nargs="+", choices=tuple(ENGINES), help="default: all; nested where --nested-model-path is given")
+    parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter that has the peers installed (docs/peers.md)")
+    parser.add_argument("--gguf-path", metavar="FILE", help="the same weights for llama.cpp, by scripts.write_gguf")
+    parser.add_argument("--airllm-path", metavar="DIR", help="where AirLLM keeps the same weights layer by layer; made where it is missing")
+    which = "default: all; nested where --nested-model-path is given, peers where --peer-python is"
+    parser.add_argument("--engines", nargs="+", choices=(*ENGINES, *PEERS), help=which)
     parser.add_argument("--memory-budget", required=True, help="of the whole process, like 8GB")
     parser.add_argument("--flash-bandwidth", help="emulate a slower flash, like 2GB/s (default: the disk as it is)")
     parser.add_argument("--no-limit", action="store_true", help="do not enforce the budget from outside (control groups need root)")
@@ -239,7 +257,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="result file (.json); a .md table lies beside it")
     args = parser.parse_args(argv)
-    args.engines = args.engines or [engine for engine in ENGINES if engine != "nested" or args.nested_model_path is not None]
+    usual = [engine for engine in ENGINES if engine != "nested" or args.nested_model_path is not None]
+    args.engines = args.engines or [*usual, *(PEERS if args.peer_python else ())]
     return args
 
 
@@ -255,6 +274,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise CatsError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
     if "cats" in args.engines and None in (args.draft_adapter_path, args.shallow_adapter_path):
         raise CatsError("CATS needs --draft-adapter-path and --shallow-adapter-path; give them, or choose --engines without cats.")
+    if args.peer_python is not None and shutil.which(args.peer_python) is None:
+        raise CatsError(f"--peer-python is {args.peer_python}, which is no program; give the interpreter of the peers' environment.")
     given = args.nested_model_path is not None
     if ("nested" in args.engines) != given:
         raise CatsError("the engine nested and --nested-model-path belong together; give both or neither.")
@@ -275,6 +296,7 @@ def request_of(args: argparse.Namespace, engine: str) -> Request:
         steps=args.nested_steps if nested else args.steps,
         replayed_acceptance=replayed_means(args).get(engine),
         replayed_corrections=args.replayed_corrections,
+        converted={"llama_cpp": args.gguf_path, "airllm": args.airllm_path}.get(engine),
     )
 
 
@@ -293,6 +315,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.nested_model_path is not None:
         nested = {"model": weights_fingerprint(args.nested_model_path), "steps": args.nested_steps}
         settings["nested"] = nested | {"replayed_acceptance": args.nested_acceptance}
+    if args.gguf_path is not None:
+        settings["gguf"] = files_fingerprint(files_of(args.gguf_path))
     return settings
 
 
@@ -308,7 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(settings_file, {"settings": settings})
     done = {(record["repeat"], record["engine"]) for record in read_records(runs) if "failed" not in record}
     for repeat, engine in live_bar([turn for turn in in_turns(args.engines, args.repeats) if turn not in done], desc="runs"):
-        measured = one_run(request_of(args, engine), rate, not args.no_limit, args.timeout)
+        python = (args.peer_python if engine in PEERS else None) or sys.executable
+        measured = one_run(request_of(args, engine), python, rate, not args.no_limit, args.timeout)
         append_record(runs, {"engine": engine, "repeat": repeat, "label": title(engine, replayed), **measured})
     latest = {(record["repeat"], record["engine"]): record for record in read_records(runs)}
     records = [record for (repeat, _), record in sorted(latest.items()) if repeat < args.repeats]

@@ -6,12 +6,9 @@ All read the same safetensors shards, but for nested, which reads the nested che
 the prompt and one warm-up step.
 """
 
-import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +16,21 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import cats
 from cats.checkpoint import locate_tensors, weight_files
 from cats.cli.command import exit_with_sentence
 from cats.config import MemoryOptions, MethodConfig, require
-from cats.files import write_atomically
 from cats.methods import with_needs
 from cats.planning.plan import COARSE, EXACT, MemoryPlan, View
 from cats.runtime.budget import interpreter_bytes
-from cats.trace import StepTrace
 from evaluation.replay import ReplayedAcceptance, Schedule, replayed
-from scripts.memory_run import bytes_read, peak_bytes, private_bytes, reset_peak
+from scripts.greedy_loop import greedy_loop
+from scripts.timed_run import EXTRA_CYCLES, Engine, Request, Step, answer
 
 CYCLES = 10_000
 """Length of a replayed schedule; longer than any run."""
-EXTRA_CYCLES = 8
-"""Cycles that a run may go on for until a replayed schedule stands at its mean."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One run.
-
-    Attributes:
-        engine: a key of `ENGINES`.
-        adapters: draft and shallow adapter, for CATS.
-        budget_bytes: of the whole process; None: no limit.
-        dtype: that our weights are held in; "auto": as stored. The other engines compute in the stored one.
-        compute_dtype: of our arithmetic and caches.
-        tokens: how many to time, at least.
-        positions: that our caches are made for; None: what the run needs.
-        steps: drafted tokens of CATS or of nested.
-        replayed_acceptance: accepted length of the replayed schedule; None decodes with the draft's own acceptance.
-        replayed_corrections: of CATS.
-    """
-
-    engine: str
-    model: str
-    adapters: tuple[str, str] | None
-    budget_bytes: int | None
-    dtype: str = "auto"
-    compute_dtype: str = "auto"
-    tokens: int = 8
-    positions: int | None = None
-    prompt_tokens: int = 32
-    threads: int = 1
-    ring_buffers: int = 3
-    steps: int = 5
-    tree_topk: int = 1
-    total_tokens: int = -1
-    replayed_acceptance: float | None = None
-    replayed_corrections: float = 1.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """Tokens that one pass over the model committed; the trace where the engine is ours."""
-
-    tokens: list[int]
-    trace: StepTrace | None = None
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A loaded model: prompt ids -> steps, the first of which is the prompt's; and what a reader should know of it."""
-
-    steps: Callable[[Sequence[int]], Iterator[Step]]
-    notes: dict[str, Any]
 
 
 def longest_answer(request: Request) -> int:
@@ -101,17 +44,9 @@ def longest_answer(request: Request) -> int:
     return request.positions - request.prompt_tokens
 
 
-def timed_enough(request: Request, tokens: int, steps: int) -> bool:
-    """Whether the tokens asked for are there, and a replayed schedule stands at its mean: short runs must not show its scatter."""
-    if tokens < request.tokens:
-        return False
-    mean = request.replayed_acceptance
-    late = mean is not None and steps * mean > request.tokens + EXTRA_CYCLES * mean
-    return mean is None or late or abs(tokens - steps * mean) <= 0.5
-
-
 def ours(request: Request, config: MethodConfig, adapters: dict[str, tuple[str, int | None]], schedule: Schedule | None = None) -> Engine:
     """Our engine under a memory plan, accepting what a schedule says where there is one."""
+    torch.set_num_threads(request.threads)
     settings = cats.GenerationConfig(max_new_tokens=longest_answer(request), eos_token_ids=())
     memory = None
     if request.budget_bytes is not None:
@@ -194,7 +129,7 @@ def mapped_files(request: Request) -> Engine:
         state.update(load_file(path))
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    return greedy_loop(model)
+    return greedy_loop(model, request)
 
 
 def accelerate_offload(request: Request) -> Engine:
@@ -214,27 +149,13 @@ def accelerate_offload(request: Request) -> Engine:
     model.load_state_dict(held, strict=False, assign=True)
     if offloaded:
         model = dispatch_model(model, device_map, main_device="cpu", offload_index=index)
-    return greedy_loop(model, {"modules_offloaded": len(offloaded), "modules": len(device_map)})
+    return greedy_loop(model, request, {"modules_offloaded": len(offloaded), "modules": len(device_map)})
 
 
 def read_copy(path: Path, name: str) -> torch.Tensor:
     """One tensor in memory of its own."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name).clone()
-
-
-def greedy_loop(model: Any, notes: dict[str, Any] | None = None) -> Engine:
-    """Plain greedy decoding by transformers' forward pass and cache."""
-
-    def steps(prompt: Sequence[int]) -> Iterator[Step]:
-        ids, cache = torch.tensor([list(prompt)]), DynamicCache(config=model.config)
-        with torch.inference_mode():
-            while True:
-                output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                ids = output.logits[:, -1].argmax(-1, keepdim=True)
-                yield Step([int(ids)])
-
-    return Engine(steps, {"arithmetic": str(model.config.dtype).removeprefix("torch."), **(notes or {})})
 
 
 ENGINES: dict[str, Callable[[Request], Engine]] = {
@@ -246,69 +167,10 @@ ENGINES: dict[str, Callable[[Request], Engine]] = {
 }
 
 
-def prompt_of(request: Request) -> list[int]:
-    """Random ids, the same for every engine."""
-    vocabulary = AutoConfig.from_pretrained(request.model).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    return [int(token) for token in torch.randint(3, vocabulary, (request.prompt_tokens,), generator=generator)]
-
-
-def measure(request: Request) -> dict[str, Any]:
-    """Load, run, and say what it cost."""
-    torch.set_num_threads(request.threads)
-    reset_peak()
-    begin = time.perf_counter()
-    engine = ENGINES[request.engine](request)
-    loaded = time.perf_counter()
-    load_peak = peak_bytes()
-    steps = engine.steps(prompt_of(request))
-    ids = [*next(steps).tokens]
-    prefilled = time.perf_counter()
-    ids += next(steps).tokens
-    reset_peak()
-    timed: list[Step] = []
-    read_before, start = bytes_read(), time.perf_counter()
-    tokens = 0
-    while not timed_enough(request, tokens, len(timed)):
-        timed.append(next(steps))
-        tokens += len(timed[-1].tokens)
-    seconds, read = time.perf_counter() - start, bytes_read() - read_before
-    traces = [step.trace for step in timed if step.trace is not None]
-    return {
-        "tokens": tokens,
-        "steps": len(timed),
-        "accepted_length": tokens / len(timed),
-        "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-        "seconds_per_step": seconds / len(timed),
-        "disk_bytes_per_token": read / tokens,
-        "disk_bytes_per_step": read / len(timed),
-        "stage_seconds_per_step": {
-            stage: sum(trace.seconds[stage] for trace in traces) / len(traces)
-            for stage in dict.fromkeys(stage for trace in traces for stage in trace.seconds)
-        }
-        if traces
-        else None,
-        "streamed_bytes_per_step": sum(trace.bytes_streamed for trace in traces) / len(traces) if traces else None,
-        "nodes_per_step": sum(trace.nodes for trace in traces) / len(traces) if traces else 1,
-        "load_seconds": loaded - begin,
-        "prefill_seconds": prefilled - loaded,
-        "load_peak_bytes": load_peak,
-        "peak_bytes": peak_bytes(),
-        "private_bytes": private_bytes(),
-        "ids": ids + [token for step in timed for token in step.tokens],
-        "notes": engine.notes,
-    }
-
-
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the first file asks for, write the second."""
-    asked, answer = (Path(argument) for argument in (sys.argv[1:] if argv is None else argv))
-    fields = json.loads(asked.read_text(encoding="utf-8"))
-    fields["adapters"] = tuple(fields["adapters"]) if fields["adapters"] else None
-    result = measure(Request(**fields))
-    write_atomically(answer, lambda part: part.write_text(json.dumps(result)))
+    answer(sys.argv[1:] if argv is None else argv, ENGINES)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,6 @@ def _field(path: Path, name: str, unit: int) -> int:
     return int(found[1]) * unit
 
 
-def python_command(module: str, *arguments: str) -> list[str]:
+def python_command(module: str, *arguments: str, python: str = sys.executable) -> list[str]:
     """A fresh interpreter that runs one of our modules."""
-    return [sys.executable, "-m", module, *arguments]
+    return [python, "-m", module, *arguments]

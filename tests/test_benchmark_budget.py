@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +16,18 @@ import cats
 from cats import CatsError
 from cats.nested import conversion
 from cats.planning.plan import COARSE
-from scripts import benchmark_budget
-from scripts.benchmark_budget import in_turns, main, summarise
-from scripts.budget_engines import ENGINES, Request, measure
+from scripts import benchmark_budget, write_gguf
+from scripts.benchmark_budget import in_turns, main, one_run, summarise
+from scripts.budget_engines import ENGINES
 from scripts.make_synthetic_checkpoint import base_config, make_checkpoint
 from scripts.memory_run import GROUPS, run_limited
+from scripts.peer_engines import PEERS
+from scripts.timed_run import Request, measure
 from tests.test_synthetic_checkpoint import CONFIG
 
 needs_groups = pytest.mark.skipif(not os.access(GROUPS / "memory", os.W_OK), reason="no writable version 1 memory control groups")
+PEER_PYTHON = os.environ.get("CATS_PEER_PYTHON")
+TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 NOTES = {"notes": {"arithmetic": "float32", "front_bytes_per_pass": 300}, "stage_seconds_per_step": None, "load_peak_bytes": 1}
 NOTES |= {"peak_bytes": 1, "group_peak_bytes": 7, "disk_bytes_per_step": 50, "wire_bytes_per_s": 100, "memory_bytes_per_s": 600}
 
@@ -37,10 +43,10 @@ def request_for(tmp_path_factory: pytest.TempPathFactory) -> Request:
 
 
 def test_all_engines_say_the_same(request_for: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {engine: measure(replace(request_for, engine=engine))["ids"] for engine in ENGINES if engine != "nested"}
+    said = {engine: measure(replace(request_for, engine=engine), ENGINES)["ids"] for engine in ENGINES if engine != "nested"}
     monkeypatch.setattr("scripts.budget_engines.interpreter_bytes", lambda: 0)
     for budget in (2_000_000, 2_600_000):
-        offloaded = measure(replace(request_for, engine="accelerate", budget_bytes=budget))
+        offloaded = measure(replace(request_for, engine="accelerate", budget_bytes=budget), ENGINES)
         assert offloaded["notes"]["modules_offloaded"] > 0
         said[f"accelerate, {budget}"] = offloaded["ids"]
     shortest = min(len(ids) for ids in said.values())
@@ -49,7 +55,7 @@ def test_all_engines_say_the_same(request_for: Request, monkeypatch: pytest.Monk
 
 
 def test_a_replayed_run_ends_at_its_mean(request_for: Request) -> None:
-    result = measure(replace(request_for, engine="cats", replayed_acceptance=3.05, replayed_corrections=2.6, tokens=12))
+    result = measure(replace(request_for, engine="cats", replayed_acceptance=3.05, replayed_corrections=2.6, tokens=12), ENGINES)
     assert abs(result["tokens"] - 3.05 * result["steps"]) <= 0.5
     assert 7 < result["nodes_per_step"] < 11
 
@@ -67,10 +73,10 @@ def nested_pair(request_for: Request) -> tuple[Path, Path]:
 def test_nested_says_the_same_and_ends_at_its_mean(request_for: Request, nested_pair: tuple[Path, Path]) -> None:
     published, nested = nested_pair
     asked = replace(request_for, engine="nested", model=str(nested), adapters=None, steps=6)
-    plain, found = measure(replace(request_for, model=str(published), adapters=None)), measure(asked)
+    plain, found = measure(replace(request_for, model=str(published), adapters=None), ENGINES), measure(asked, ENGINES)
     shortest = min(len(plain["ids"]), len(found["ids"]))
     assert plain["ids"][:shortest] == found["ids"][:shortest]
-    result = measure(replace(asked, replayed_acceptance=4.5, tokens=12))
+    result = measure(replace(asked, replayed_acceptance=4.5, tokens=12), ENGINES)
     assert abs(result["tokens"] - 4.5 * result["steps"]) <= 0.5
     assert result["nodes_per_step"] == 7
     sizes = cats.load(nested, memory=cats.MemoryOptions(views=(COARSE,), pinning=False)).base.source.plan.sizes
@@ -78,8 +84,8 @@ def test_nested_says_the_same_and_ends_at_its_mean(request_for: Request, nested_
     coarse = sum(piece.held for piece in sizes.pieces if piece.part != "residual")
     assert result["notes"]["front_bytes_per_pass"] == 6 * (coarse + sizes.lm_head_bytes)
     with pytest.raises(CatsError, match=r"the run may take \d+ positions"):
-        measure(replace(asked, positions=20))
-    wide = measure(replace(asked, budget_bytes=2**33, positions=100))["notes"]["charges"]["KV caches"]
+        measure(replace(asked, positions=20), ENGINES)
+    wide = measure(replace(asked, budget_bytes=2**33, positions=100), ENGINES)["notes"]["charges"]["KV caches"]
     assert wide == 2 * 32 * (100 + 7) * 4 * 6
 
 
@@ -129,6 +135,40 @@ def test_finished_runs_are_not_made_again(request_for: Request, tmp_path: Path, 
         with pytest.raises(SystemExit):
             main([*flags, *more])
     assert "NOT enforced" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("engine", PEERS)
+def test_a_peer_that_is_missing_is_one_sentence(engine: str, request_for: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, engine, None)
+    with pytest.raises(CatsError, match=r"is not installed in the interpreter of the peers; give one that has it with --peer-python"):
+        measure(replace(request_for, engine=engine), PEERS)
+
+
+def test_a_peer_that_cannot_run_is_a_row(request_for: Request, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    flags = f"--model-path {request_for.model} --engines llama_cpp --memory-budget 1GB --no-limit --repeats 1 --output {output}"
+    main([*flags.split(), "--peer-python", sys.executable])
+    assert re.search(r"\| llama.cpp, mapped GGUF \| [^|]*(is not installed|--gguf-path is missing)", output.with_suffix(".md").read_text())
+    with pytest.raises(SystemExit):
+        main([*flags.split(), "--peer-python", str(tmp_path / "python")])
+
+
+def test_peers_need_nothing_of_ours() -> None:
+    program = "import scripts.peer_engines, sys; sys.exit(str({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.stderr.strip() == "set()"
+
+
+@pytest.mark.skipif(PEER_PYTHON is None, reason="no peers: CATS_PEER_PYTHON names no interpreter that has them (docs/peers.md)")
+@pytest.mark.parametrize("engine", PEERS)
+def test_peers_say_what_we_say(engine: str, tmp_path: Path) -> None:
+    converted = {"llama_cpp": str(tmp_path / "tiny.gguf"), "airllm": str(tmp_path / "layers")}.get(engine)
+    if engine == "llama_cpp":
+        write_gguf.main([str(TINY), str(converted)])
+    asked = Request(engine, str(TINY), None, None, tokens=6, prompt_tokens=12, converted=converted)
+    found = one_run(asked, str(PEER_PYTHON), None, False, 600)
+    ours = measure(replace(asked, engine="plain"), ENGINES)["ids"]
+    assert found.get("ids", found) == ours[:8]
 
 
 @needs_groups
