@@ -1,8 +1,19 @@
-"""`python -m cats "prompt"`: see `cats/cli/ask.py`."""
+"""`python -m cats "prompt"`, and the commands that have a word of their own: `python -m cats serve`."""
 
-from cats.cli.ask import main
+import importlib
+import sys
+from collections.abc import Sequence
 
-__all__ = ["main"]
+COMMANDS = {"serve": "cats.cli.serve"}
+ASK = "cats.cli.ask"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command that the first word names; any other first word is asked (`-- serve` asks "serve")."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    module = COMMANDS.get(words[0]) if words else None
+    importlib.import_module(module or ASK).main(words[1:] if module else words)
+
 
 if __name__ == "__main__":
     main()

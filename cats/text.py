@@ -219,6 +219,38 @@ class ModelText:
         return {*self._template.stop_token_ids, *(token for token in first if token in special and token != self.tokenizer.bos_token_id)}
 
 
+class GrowingText:
+    """The text of tokens that come one by one, never half a character.
+
+    Decodes what came since the last text but one, since some tokenizers write a token otherwise at the beginning of a text.
+
+    Args:
+        decode: token ids -> text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._ids: list[int] = []
+        self._told, self._told_text = 0, ""
+
+    def add(self, token: int) -> str:
+        """The text that the token completes; empty where it ends within a character."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        return "" if text.endswith("\ufffd") else self._tell(text)
+
+    def end(self) -> str:
+        """What half a character at the end of the answer is written as."""
+        return self._tell(self._decode(self._ids))
+
+    def _tell(self, text: str) -> str:
+        fresh = text[len(self._told_text) :]
+        if fresh:
+            self._ids = self._ids[self._told :]
+            self._told, self._told_text = len(self._ids), self._decode(self._ids)
+        return fresh
+
+
 def find_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
     """A template by name: ours, the tokenizer's own, a file, or one of FastChat's; an unknown one raises `CatsError`."""
     if name == OWN:

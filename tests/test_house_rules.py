@@ -28,11 +28,12 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"embedding", "adapter", "earlyexit", "loading", "held", "cats_model", "medusa_heads"}),
     frozenset({"state", "kept"}),
     frozenset({"methods"}),
-    frozenset({"reference", "engine"}),
+    frozenset({"reference", "engine", "writers"}),
     frozenset({"machine"}),
     frozenset({"planned"}),
     frozenset({"api"}),
     frozenset({""}),
+    frozenset({"serve"}),
     frozenset({"cli", "__main__"}),
 )
 # "": the names that the package exports.

@@ -32,7 +32,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the wheel of this repository was installed, without what it depends on."""
     folder = tmp_path_factory.mktemp("wheel")
     for path in tracked_files():
-        if path.suffix in (".py", ".toml", ".md") or path.name == "LICENSE":
+        if path.suffix in (".py", ".toml", ".md", ".html") or path.name == "LICENSE":
             (folder / "source" / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / "source" / path).write_bytes((ROOT / path).read_bytes())
     pip("wheel", str(folder / "source"), "--no-build-isolation", "--wheel-dir", str(folder / "dist"))
@@ -51,6 +51,7 @@ def test_the_wheel_holds_cats_alone(installed: Path) -> None:
     assert [path.name for path in (installed / "bin").iterdir()] == ["cats"]
     packages = {path.parent.relative_to(ROOT) for path in (ROOT / "cats").rglob("*.py")}
     assert {path.parent.relative_to(installed) for path in (installed / "cats").rglob("*.py")} == packages
+    assert (installed / "cats" / "serve" / "page.html").read_bytes() == (ROOT / "cats" / "serve" / "page.html").read_bytes()
 
 
 def test_help_loads_nothing_heavy(installed: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ ROOMS = (
     "cats/kernels",
     "cats/runtime",
     "cats/planning",
+    "cats/serve",
     "cats/cli",
     "training",
     "evaluation",

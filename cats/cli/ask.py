@@ -1,4 +1,9 @@
-"""`python -m cats "prompt"`: one answer, shown as it is made; drafted tokens that the target accepted stand out in green."""
+"""`python -m cats "prompt"`: one answer, shown as it is made; drafted tokens that the target accepted stand out in green.
+
+Commands with a word of their own (`python -m cats WORD --help`; `-- WORD` asks the word itself):
+
+    serve    a model behind OpenAI's protocol, and a page to try it on
+"""
 
 import argparse
 import itertools
