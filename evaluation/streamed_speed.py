@@ -24,7 +24,7 @@ RESULTS = Path(__file__).with_name("results")
 PUBLISHED = [RESULTS / f"streaming_{link}.json" for link in ("disk", "500MBs", "100MBs")]
 NESTED = [RESULTS / f"nested_{link}.json" for link in ("disk", "100MBs")]
 PLAIN, DISK = "autoregressive", "this disk"
-TITLES = {"eagle_self_tree:total_tokens=40": "EAGLE-self tree, 40 nodes", "rest": "REST"}
+TITLES = {"eagle_self_tree:total_tokens=40": "EAGLE-self tree, 40 nodes", "nested_lookup": "nested, prompt lookup first", "rest": "REST"}
 Figures = Mapping[str, Any]
 
 
