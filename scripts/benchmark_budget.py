@@ -137,7 +137,8 @@ def summarise(records: Sequence[dict[str, Any]], engines: Sequence[str], replaye
             row["group_peak_bytes"] = max((record["group_peak_bytes"] for record in good if record["group_peak_bytes"]), default=None)
             bounds = [bound_seconds(record) for record in good]
             row["bound_seconds"] = statistics.median(bounds)
-            row["by_bound"] = statistics.median(run["seconds_per_step"] / bound for run, bound in zip(good, bounds, strict=True))
+            above = [run["seconds_per_step"] / bound for run, bound in zip(good, bounds, strict=True) if bound]
+            row["by_bound"] = statistics.median(above) if above else None
             row |= {name: statistics.median(record[name] for record in good) for name in ("wire_bytes_per_s", "memory_bytes_per_s")}
             pairs = [speeds[engine, r["repeat"]] / speeds[REFERENCE, r["repeat"]] for r in good if (REFERENCE, r["repeat"]) in speeds]
             row["against_plain"] = statistics.median(pairs) if pairs else None
@@ -176,7 +177,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             else f"{row['seconds_per_step']:.3f}",
             f"{stages['stream_wait']:.3f}" if stages else "-",
             f"{row['bound_seconds']:.3f}",
-            f"{row['by_bound']:.2f}",
+            "-" if row["by_bound"] is None else f"{row['by_bound']:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

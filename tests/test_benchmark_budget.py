@@ -103,12 +103,16 @@ def record(engine: str, repeat: int, rate: float) -> dict[str, Any]:
 def test_figures_are_paired_and_named() -> None:
     records = [record("plain", 0, 1.0), record("cats", 0, 3.0), record("plain", 1, 2.0), record("cats", 1, 5.0)]
     records.append({"engine": "mmap", "repeat": 0, "failed": "error: killed by the kernel at the memory limit"})
-    rows = summarise(records, ["plain", "cats", "mmap"], {"cats": 3.05, "nested": None})
+    held = {"disk_bytes_per_step": 0, "notes": {"arithmetic": "bfloat16", "version": "memopro 0.1.10"}}
+    records.append(record("memopro", 0, 1.0) | held)
+    rows = summarise(records, ["plain", "cats", "mmap", "memopro"], {"cats": 3.05, "nested": None})
     assert rows[1]["engine"] == "ours, CATS, replayed acceptance 3.05"
     assert rows[1]["against_plain"] == 2.75
     assert (rows[1]["bound_seconds"], rows[1]["by_bound"], rows[1]["group_peak_bytes"]) == (1.0, 1.0, 7)
     text = benchmark_budget.table(rows)
     assert "killed by the kernel" in text
+    assert "| memopro, streamed weights, memopro 0.1.10 | 1.000" in text
+    assert text.endswith("| 0.000 | - |\n"), "what reads nothing has no bound"
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
