@@ -69,6 +69,16 @@ def committed_and_passes(records: Iterable[Record]) -> list[tuple[int, int]]:
     return [(sum(committed), len(committed)) for record in answered(records) for committed in [per_step([record], "committed")]]
 
 
+def tokens_and_seconds(records: Iterable[Record]) -> list[tuple[int, float]]:
+    """Per answered question, the tokens that its cycles committed and the seconds that they took, prefill excluded."""
+    return [(sum(per_step([record], "committed")), stage_seconds([record]).get("total", 0.0)) for record in answered(records)]
+
+
+def cycles_and_seconds(records: Iterable[Record]) -> list[tuple[int, float]]:
+    """Per answered question, its cycles and the seconds that they took, prefill excluded."""
+    return [(len(per_step([record], "committed")), stage_seconds([record]).get("total", 0.0)) for record in answered(records)]
+
+
 def ratio_interval(groups: Sequence[Sequence[tuple[float, float]]], level: float = 0.9, draws: int = 1000) -> tuple[float, float] | None:
     """The bootstrap interval of a ratio of sums, or of its mean over several groups: of the accepted length, of tokens per second; the same
     for the same counts.

@@ -38,7 +38,7 @@ from evaluation.record_file import append_record, check_settings, read_records, 
 from evaluation.subject import files_fingerprint, weights_fingerprint
 from evaluation.timing import environment
 from scripts.budget_engines import ENGINES
-from scripts.memory_run import forget, python_command, run_limited
+from evaluation.memory_run import forget, python_command, run_limited
 from scripts.peer_engines import PEERS
 from scripts.timed_run import Request
 

@@ -20,19 +20,17 @@ from typing import Any
 import torch
 
 import cats
-from cats.adapter import AdapterModel
 from cats.checkpoint import weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.memory_flags import PROMPT_POSITIONS, drafts_coarsely
 from cats.cli.progress import heartbeat, live_bar
 from cats.errors import BudgetError, CatsError
 from cats.files import write_atomically
-from cats.loading import checkpoint_of, demand_of, sizes_of_checkpoint
-from cats.methods import needs_of, with_needs
-from cats.planning.plan import amount, parse_amount, plan_memory
+from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
 from cats.settings import as_record
 from evaluation.chosen_model import ChosenModel, chosen_model
+from evaluation.cycles import streams
 from evaluation.options import ADAPTERS, add_place_flags
 from evaluation.presets import PRESET_HELP, parse_presets, title_of
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
@@ -94,17 +92,6 @@ def settings_of(args: argparse.Namespace, field: Field) -> dict[str, Any]:
         "weights": {label: weights_fingerprint(place.directory) for label, place in field.places.items()},
         **{name: getattr(args, name) for name in names},
     }
-
-
-def streams(place: ChosenModel, method: cats.MethodConfig, memory: cats.MemoryOptions, dtype: str) -> bool:
-    """Whether the budget leaves anything of the layers to be streamed; raises `BudgetError` where it does not hold the method."""
-    memory, checkpoint = with_needs(memory, method), checkpoint_of(place.directory, (dtype, "auto"), torch.device("cpu"))
-    adapters = [
-        AdapterModel.from_pretrained(path, exit_layer, dtype, "meta", sparing=True)
-        for path, exit_layer in (place.adapters[name] for name in needs_of(method).adapters)
-    ]
-    demand = demand_of(memory, checkpoint, adapters, interpreter=0, table=False)
-    return bool(plan_memory(sizes_of_checkpoint(checkpoint, adapters), demand, memory.budget_bytes, memory.covers).streamed)
 
 
 def measured(args: argparse.Namespace, field: Field, budget: int) -> Record:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cats.files import write_atomically
-from scripts.memory_run import bytes_read, peak_bytes, private_bytes, reset_peak
+from evaluation.memory_run import bytes_read, peak_bytes, private_bytes, reset_peak
 
 if TYPE_CHECKING:
     from cats.trace import StepTrace

@@ -20,7 +20,7 @@ from scripts import benchmark_budget, write_gguf
 from scripts.benchmark_budget import in_turns, main, one_run, summarise
 from scripts.budget_engines import ENGINES
 from scripts.make_synthetic_checkpoint import base_config, make_checkpoint
-from scripts.memory_run import GROUPS, run_limited
+from evaluation.memory_run import GROUPS, run_limited
 from scripts.peer_engines import PEERS
 from scripts.timed_run import Request, measure
 from tests.test_synthetic_checkpoint import CONFIG
@@ -188,6 +188,6 @@ def test_a_process_that_takes_more_than_its_limit_is_killed(tmp_path: Path) -> N
 
 
 def test_without_groups_the_benchmark_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.memory_run.GROUPS", tmp_path / "none")
+    monkeypatch.setattr("evaluation.memory_run.GROUPS", tmp_path / "none")
     with pytest.raises(CatsError, match="--no-limit"):
         run_limited(["true"], 10**9, None, tmp_path, tmp_path / "log.txt", 10)
