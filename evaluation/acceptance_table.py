@@ -123,6 +123,12 @@ def _answer(subject: Subject, method: MethodConfig, prompt_ids: list[int], confi
     return subject.answer(prompt_ids, method, config)
 
 
+def waiting_questions(cell: Cell) -> int:
+    """How many questions of a cell have no answer."""
+    done = answered_ids(cell.answers)
+    return sum(question.question_id not in done for question in cell.questions)
+
+
 def fill_all(args: argparse.Namespace) -> bool:
     """Check everything, load, fill the cells; returns whether this process is the one that builds the table."""
     methods = runnable_presets(base_model(args.model_path)[1], args.coarse) if args.methods is None else parse_presets(args.methods)
@@ -132,14 +138,15 @@ def fill_all(args: argparse.Namespace) -> bool:
     cells = make_cells(args, methods, model, memory, text)
     processes, device = start_processes(choose_device(args.device))
     shown = processes.is_main_process
+    if not any(map(waiting_questions, cells)):
+        return shown
     with heartbeat(f"loading {model.name}", shown):
         subject = load_subject(model.directory, model.adapters, text, args.dtype, device, memory, args.compute_dtype)
     if args.ledger and shown:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
     subject.check_prompts([question for cell in cells if cell.label == cells[0].label for question in cell.questions])
     for number, cell in enumerate(cells, start=1):
-        done = answered_ids(cell.answers)
-        waiting = sum(question.question_id not in done for question in cell.questions)
+        waiting = waiting_questions(cell)
         if waiting and shown:
             sys.stderr.write(f"cell {number} of {len(cells)}: {cell.label} on {cell.bench}, {waiting} questions\n")
         if waiting:

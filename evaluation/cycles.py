@@ -35,7 +35,7 @@ from cats.runtime.link import measure_read_rate, rate_text
 from cats.runtime.store import Store
 from cats.settings import as_record
 from cats.text import ModelText
-from evaluation.acceptance_report import PLAIN, exits_of
+from evaluation.acceptance_report import PLAIN
 from evaluation.chosen_model import ChosenModel
 from evaluation.eval import Asking, Contender, missing_answers, run_eval
 from evaluation.metrics import (
@@ -49,10 +49,11 @@ from evaluation.metrics import (
     summarise,
     tokens_and_seconds,
 )
+from evaluation.options import ADAPTERS
 from evaluation.processes import choose_device
 from evaluation.questions import Question
 from evaluation.record_file import Record, check_settings, read_records, write_json
-from evaluation.subject import Subject, load_subject, stored_bytes, subject_settings
+from evaluation.subject import Subject, load_subject, said_exit, stored_bytes, subject_settings
 from evaluation.timing import environment
 
 TOLERANCE = 0.02
@@ -106,18 +107,36 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Methods in turns at one place; dtype, device and template are those of `args`.
+class Entry:
+    """A method with its adapters.
 
     Attributes:
-        models: by label, with each method's adapters.
+        label: of its preset.
+        model: with the adapters that it needs and no others.
+    """
+
+    label: str
+    method: MethodConfig
+    model: ChosenModel
+
+    @property
+    def name(self) -> str:
+        """Label and exits: one of its kind in a comparison."""
+        exits = [said_exit(*self.model.adapters[role]) for role in ADAPTERS if role in self.model.adapters]
+        return ".".join((self.label, "-".join(map(str, exits)))) if exits else self.label
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods in turns at one place, plain decoding among them; dtype, device and template are those of `args`.
+
+    Attributes:
         about: what the questions are, for the settings.
     """
 
     args: argparse.Namespace
     place: Place
-    methods: dict[str, MethodConfig]
-    models: dict[str, ChosenModel]
+    entries: Sequence[Entry]
     questions: Sequence[Question]
     asking: Asking
     text: ModelText
@@ -129,16 +148,14 @@ class Comparison:
         """Prompt and answer together."""
         return PROMPT_POSITIONS + self.asking.config.max_new_tokens
 
-    def cell(self, label: str) -> Path:
+    def cell(self, entry: Entry) -> Path:
         """The answers of a method."""
-        exits = exits_of(self.settings(label))
-        name = ".".join(part for part in (self.place.label, label, exits.replace("/", "-")) if part)
-        return self.folder / (re.sub(r"[^\w.=,-]+", "_", name) + ".jsonl")
+        return self.folder / (re.sub(r"[^\w.=,-]+", "_", f"{self.place.label}.{entry.name}") + ".jsonl")
 
-    def settings(self, label: str) -> dict[str, Any]:
+    def settings(self, entry: Entry) -> dict[str, Any]:
         """What decides the figures of a cell."""
-        shared = subject_settings(self.args, self.models[label], None, self.text)
-        own = {"label": label, "method": as_record(self.methods[label]), "place": dataclasses.asdict(self.place)}
+        shared = subject_settings(self.args, entry.model, None, self.text)
+        own = {"label": entry.label, "method": as_record(entry.method), "place": dataclasses.asdict(self.place)}
         ids = [question.question_id for question in self.questions]
         config = self.asking.config
         decided = {"question_ids": ids, "max_new_tokens": config.max_new_tokens, "threads": torch.get_num_threads()}
@@ -148,32 +165,29 @@ class Comparison:
 class Stand:
     """A method's model, loaded when it is first asked."""
 
-    def __init__(self, comparison: Comparison, label: str, memory: MemoryOptions | None, kept: bool):
-        self.comparison, self.label, self.memory, self.kept = comparison, label, memory, kept
+    def __init__(self, comparison: Comparison, entry: Entry, memory: MemoryOptions | None, kept: bool):
+        self.comparison, self.entry, self.memory, self.kept = comparison, entry, memory, kept
         self.subject: Subject | None = None
 
     def answer(self, prompt_ids: list[int], config: GenerationConfig) -> Generation:
         """One answer; where it was streamed, its bytes are compared with the plan's."""
-        subject, method = self.subject or self.load(prompt_ids, config), self.comparison.methods[self.label]
-        answer = subject.answer(prompt_ids, method, config)
-        check_bytes(self.label, answer, subject.model.base.source)
+        subject = self.subject or self.load(prompt_ids, config)
+        answer = subject.answer(prompt_ids, self.entry.method, config)
+        check_bytes(self.entry.name, answer, subject.model.base.source)
         if not self.kept:
-            subject.model.close()
-            self.subject = None
-            gc.collect()
+            self.close()
         return answer
 
     def load(self, prompt_ids: list[int], config: GenerationConfig) -> Subject:
-        """Load, note what with, and pay first-call costs."""
-        to, method = self.comparison, self.comparison.methods[self.label]
-        model, args = to.models[self.label], to.args
-        named = (args.dtype, choose_device(args.device), self.memory, args.compute_dtype)
-        with heartbeat(f"loading {model.name} for {self.label}"):
-            subject = load_subject(model.directory, model.adapters, to.text, *named)
+        """Load, pay first-call costs, note what the answers are made with."""
+        to, model, method = self.comparison, self.entry.model, self.entry.method
+        named = (to.args.dtype, choose_device(to.args.device), self.memory, to.args.compute_dtype)
+        with heartbeat(f"loading {model.name} for {self.entry.name}"):
+            subject = self.subject = load_subject(model.directory, model.adapters, to.text, *named)
             subject.answer(prompt_ids, method, replace(config, max_new_tokens=WARM_UP_TOKENS))
-        plan, cell = subject.model.base.source.plan, to.cell(self.label)
+        plan, cell = subject.model.base.source.plan, to.cell(self.entry)
         about = {
-            "settings": to.settings(self.label),
+            "settings": to.settings(self.entry),
             "shape": dataclasses.asdict(subject.shape(method)),
             "plan": {"held": plan.charged, "streamed": plan.streamed_bytes, "ring": plan.ring_bytes},
             "bandwidth": None if to.place.budget_bytes is None else bandwidth_of(to.place, model.directory),
@@ -182,8 +196,14 @@ class Stand:
         }
         if not cell.exists():
             write_json(cell.with_suffix(SETTINGS), about)
-        self.subject = subject
         return subject
+
+    def close(self) -> None:
+        """Let the model go, if there is one."""
+        if self.subject is not None:
+            self.subject.model.close()
+        self.subject = None
+        gc.collect()
 
 
 def bandwidth_of(place: Place, directory: Path) -> float:
@@ -205,47 +225,46 @@ def streams(place: ChosenModel, method: MethodConfig, memory: MemoryOptions, dty
 def compare(comparison: Comparison) -> None:
     """Answer what has no answer yet; a method that does not fit leaves its refusal, settings that differ raise `CatsError`."""
     comparison.folder.mkdir(parents=True, exist_ok=True)
-    for label in comparison.methods:
-        cell = comparison.cell(label)
-        check_settings(cell.with_suffix(SETTINGS), comparison.settings(label), cell)
+    for entry in comparison.entries:
+        cell = comparison.cell(entry)
+        check_settings(cell.with_suffix(SETTINGS), comparison.settings(entry), cell)
     stands = stands_of(comparison)
-    contenders = [Contender(label, stand.answer, comparison.cell(label)) for label, stand in stands.items()]
-    if missing_answers(contenders, comparison.questions):
-        sys.stderr.write(f"{comparison.place.label}: {', '.join(stands)}\n")
+    contenders = [Contender(stand.entry.name, stand.answer, comparison.cell(stand.entry)) for stand in stands]
+    if not missing_answers(contenders, comparison.questions):
+        return
+    sys.stderr.write(f"{comparison.place.label}: {', '.join(stand.entry.name for stand in stands)}\n")
     try:
         run_eval(contenders, comparison.questions, comparison.asking)
     finally:
-        for stand in stands.values():
-            if stand.subject is not None:
-                stand.subject.model.close()
-    check_identity(comparison, list(stands))
+        for stand in stands:
+            stand.close()
+    check_identity(comparison, stands)
 
 
-def stands_of(comparison: Comparison) -> dict[str, Stand]:
+def stands_of(comparison: Comparison) -> list[Stand]:
     """Those that fit; models of all of them stay loaded where the machine's memory has room for twice as much."""
-    place, fitting = comparison.place, dict[str, MemoryOptions | None]()
-    for label, method in comparison.methods.items():
-        model, memory = comparison.models[label], place.memory(method, comparison.positions)
+    place, fitting = comparison.place, list[tuple[Entry, MemoryOptions | None]]()
+    for entry in comparison.entries:
+        memory = place.memory(entry.method, comparison.positions)
         try:
-            if memory is not None and not streams(model, method, replace(memory, flash_bandwidth=None), comparison.args.dtype):
+            if memory is not None and not streams(entry.model, entry.method, replace(memory, flash_bandwidth=None), comparison.args.dtype):
                 memory = replace(memory, flash_bandwidth=None)  # nothing passes over the link
         except BudgetError as error:
-            refused = {"settings": comparison.settings(label), "refused": str(error)}
-            write_json(comparison.cell(label).with_suffix(SETTINGS), refused)
+            refused = {"settings": comparison.settings(entry), "refused": str(error)}
+            write_json(comparison.cell(entry).with_suffix(SETTINGS), refused)
         else:
-            fitting[label] = memory
-    each = place.budget_bytes or max((stored_bytes(comparison.models[label].directory) for label in fitting), default=0)
+            fitting.append((entry, memory))
+    each = place.budget_bytes or max((stored_bytes(entry.model.directory) for entry, _ in fitting), default=0)
     kept = 2 * each * len(fitting) < psutil.virtual_memory().available
-    return {label: Stand(comparison, label, memory, kept) for label, memory in fitting.items()}
+    return [Stand(comparison, entry, memory, kept) for entry, memory in fitting]
 
 
-def check_identity(comparison: Comparison, labels: Sequence[str]) -> None:
+def check_identity(comparison: Comparison, stands: Sequence[Stand]) -> None:
     """Raise `CatsError` where an answer is not plain decoding's."""
-    plain = read_records(comparison.cell(PLAIN))
-    for label in labels:
-        own = read_records(comparison.cell(label))
-        if identical_answers(own, plain) < len(plain):
-            raise CatsError(f"{label} differs from plain decoding at {comparison.place.label}; run evaluation.correctness to see where.")
+    answers = {stand.entry.name: read_records(comparison.cell(stand.entry)) for stand in stands}
+    for name, records in answers.items():
+        if identical_answers(records, answers[PLAIN]) < len(records):
+            raise CatsError(f"{name} differs from plain decoding, {comparison.place.label}; run evaluation.correctness to see where.")
 
 
 def check_bytes(label: str, answer: Generation, source: Store) -> None:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,11 +38,16 @@ from evaluation.presets import PRESET_HELP, parse_presets, title_of
 from evaluation.processes import choose_device
 from evaluation.questions import Question, spread_questions
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
+from evaluation.sheets import save_figure
 from evaluation.subject import Subject, load_subject, load_text, subject_settings
 from evaluation.timing import environment
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PLAIN, GREEDY = "autoregressive", "greedy"
-MARKS, LINES, GREYS = "osv^D<>P*X", ("-", "--", ":", "-."), ("#000000", "#555555", "#888888", "#aaaaaa")
+MARKS, LINES, GREYS = "osv^D<>P*X", ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))), ("#000000", "#555555", "#888888", "#aaaaaa")
+HEAD = ("method", "acceptance", "accepted length", "log-probability a token", "best tokens", "as greedy's text", "same as plain")
 MEANINGS = (
     "Accepted length: tokens per pass of the whole model. Log-probability: nats, under the exact model, each token after the answer's own "
     "tokens before it. Best tokens: those that the exact model finds most likely there. As greedy's text: equal to plain greedy decoding's "
@@ -158,6 +163,10 @@ def write_all(curve: Curve) -> None:
     args, model = curve.args, curve.model
     kept = args.output.with_suffix(".settings.json")
     check_settings(kept, curve.settings, curve.records)
+    done = {key_of(record) for record in read_records(curve.records)}
+    total = len(curve.questions) * len(curve.methods) * len(curve.rules)
+    if len(done) >= total:
+        return
     with heartbeat(f"loading {model.name}"):
         device = choose_device(args.device)
         subject = load_subject(model.directory, model.adapters, curve.text, args.dtype, device, curve.memory, args.compute_dtype)
@@ -166,8 +175,6 @@ def write_all(curve: Curve) -> None:
         sys.stderr.write("\n".join(subject.model.base.source.report()) + "\n")
     subject.check_prompts(curve.questions)
     write_json(kept, {"settings": curve.settings, "environment": environment(), "arithmetic": subject.arithmetic})
-    done = {key_of(record) for record in read_records(curve.records)}
-    total = len(curve.questions) * len(curve.methods) * len(curve.rules)
     with live_bar(total=total, desc=model.name, unit="answer") as bar:
         for question in curve.questions:
             for label, method in curve.methods.items():
@@ -217,7 +224,7 @@ def pairs(record: Record, other: Record | None) -> list[tuple[int, int]]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table."""
-    lines = [["method", "acceptance", "accepted length", "log-probability a token", "best tokens", "as greedy's text", "same as plain"]]
+    lines: list[Sequence[str]] = [HEAD]
     for point in result["points"]:
         cells = [
             bounded(point["accepted_length"], point["accepted_length_interval"], ".2f"),
@@ -241,7 +248,7 @@ def bounded(value: float | None, interval: Sequence[float] | None, form: str) ->
     return f"{value:{form}}" + ("" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})")
 
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
+def picture(result: Mapping[str, Any]) -> "Figure":
     """Log-probability over accepted length: a line a method through what is sampled, a mark a rule; told apart without colours."""
     from matplotlib.figure import Figure  # only this picture needs it, and it takes a second to load
 
@@ -268,7 +275,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("mean log-probability of a token under the exact model (nats)")
     axes.grid(color="#dddddd", linewidth=0.5)
     figure.legend(loc="outside right upper", fontsize=8, title="filled: lossless")
-    write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
+    return figure
 
 
 def reach(point: Mapping[str, Any], name: str) -> list[list[float]] | None:
@@ -289,7 +296,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=20, help="spread over the prompts (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="per answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="from which every question's own seed is derived (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="result file (.json); .md and .png lie beside it")
+    parser.add_argument("--output", type=Path, required=True, help="result file (.json); .md, .png and .pdf lie beside it")
     return parser.parse_args(argv)
 
 
@@ -304,10 +311,8 @@ def make_curve(args: argparse.Namespace) -> Curve:
     return Curve(args, methods, rules, questions, model, memory, load_text(model.directory, args.template))
 
 
-@exit_with_sentence
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write what is missing, report."""
-    curve = make_curve(parse(argv))
+def make_result(curve: Curve) -> str:
+    """Write what answers are missing, then the result file, its Markdown twin, which is returned, and its picture."""
     write_all(curve)
     kept = {"settings": curve.settings, "environment": environment()}
     result = {"points": points_of(read_records(curve.records), curve.settings), **kept}
@@ -315,8 +320,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(output, result)
     text = markdown(result)
     write_atomically(output.with_suffix(".md"), lambda part: part.write_text(text, encoding="utf-8"))
-    draw(result, output.with_suffix(".png"))
-    sys.stdout.write(text)
+    save_figure(picture(result), output.with_suffix(".png"))
+    return text
+
+
+@exit_with_sentence
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write what is missing, report."""
+    sys.stdout.write(make_result(make_curve(parse(argv))))
 
 
 if __name__ == "__main__":

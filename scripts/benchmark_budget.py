@@ -34,11 +34,11 @@ from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.planning.plan import parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
+from evaluation.memory_run import forget, python_command, run_limited
 from evaluation.record_file import append_record, check_settings, read_records, write_json
 from evaluation.subject import files_fingerprint, weights_fingerprint
 from evaluation.timing import environment
 from scripts.budget_engines import ENGINES
-from evaluation.memory_run import forget, python_command, run_limited
 from scripts.peer_engines import PEERS
 from scripts.timed_run import Request
 

@@ -29,12 +29,12 @@ from cats.planning.plan import parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
 from evaluation import metrics
 from evaluation.eval import Asking, Contender, ask
+from evaluation.memory_run import peak_bytes, reset_peak
 from evaluation.options import Adapters
 from evaluation.questions import Question
 from evaluation.record_file import Record
 from evaluation.subject import Subject, load_subject, load_text
 from evaluation.timing import cpu_model
-from evaluation.memory_run import peak_bytes, reset_peak
 
 WHOLE_BYTES, BUDGET_BYTES = 269_030_016, 184_000_000
 """Of SmolLM2-135M-Instruct; another model gets the same share."""

@@ -9,60 +9,35 @@ resident (VmHWM) while it did. With adapters CATS runs where the plan takes it, 
 
 import argparse
 import json
-import re
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cats
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import live_bar
-from cats.methods import needs_of, with_needs
+from cats.methods import PRESETS
 from cats.planning.plan import amount, parse_amount
 from evaluation.chosen_model import chosen_model
+from evaluation.memory_parts import Request, in_child
 from evaluation.options import add_place_flags
 from evaluation.record_file import write_json
 from evaluation.timing import environment
 
-STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PROMPT = 32
 COLUMNS = ("budget", "of", "method", "granted", "ledger", "process", "ledger / process", "streamed a pass")
 
 
-def resident_peak() -> int:
-    """Bytes that were resident at most since the peak was reset."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-    if found is None:
-        raise cats.CatsError("the system does not say how much of a process is resident; this command needs Linux.")
-    return int(found[1]) * 1024
-
-
-def measured(args: argparse.Namespace, budget: int) -> dict[str, Any]:
-    """One budget, in this process."""
-    tree = cats.CascadeConfig(steps=5, tree_topk=10, total_tokens=40)
-    method: cats.MethodConfig = tree if args.cats else cats.AutoregressiveConfig()
-    place = chosen_model([method], args)
-    memory = cats.MemoryOptions(budget, args.budget_covers, positions=PROMPT + args.new_tokens)
-    adapters = {role: place.adapters[role] for role in needs_of(method).adapters}
-    model = cats.load(place.directory, adapters, memory=with_needs(memory, method), plan=None)
-    ledger, plan = model.base.source.ledger, model.base.source.plan
-    PEAK_RESET.write_text("5")
-    config, most = cats.GenerationConfig(max_new_tokens=args.new_tokens, eos_token_ids=()), 0
-    for _ in cats.stream(model, list(range(5, 5 + PROMPT)), method, config):
-        most = max(most, ledger.total)
-    return {
-        "model": place.name,
-        "budget": budget,
-        "covers": args.budget_covers,
-        "method": method.name,
-        "granted": plan.charged,
-        "ledger": most,
-        "process": resident_peak(),
-        "streamed": plan.streamed_bytes,
-        "ring": plan.ring_bytes,
-    }
+def requests_of(args: argparse.Namespace) -> Iterator[tuple[str, Request]]:
+    """One a budget, with the model's name."""
+    label = "cascade_tree" if args.cats else "autoregressive"
+    place = chosen_model([PRESETS[label]], args)
+    adapters = {role: [str(path.resolve()), exit_layer] for role, (path, exit_layer) in place.adapters.items()}
+    for budget in args.budgets:
+        nbytes = parse_amount(budget, "--budgets")
+        yield (
+            place.name,
+            Request(str(place.directory.resolve()), label, nbytes, args.budget_covers, adapters, "auto", PROMPT, args.new_tokens),
+        )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -86,23 +61,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cats", action="store_true", help="decode with CATS (default: plain decoding)")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens of the answer (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="result file; rows are added to those that are there")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every budget, report."""
     args = parse(argv)
-    if args.child:
-        print(json.dumps(measured(args, parse_amount(args.budgets[0], "--budgets"))))
-        return
-    given, rows = list(sys.argv[1:] if argv is None else argv), []
-    for budget in live_bar(args.budgets, desc="budgets"):
-        child = [sys.executable, "-m", "scripts.ledger_check", *given, "--budgets", budget, "--child"]
-        run = subprocess.run(child, capture_output=True, text=True)
-        if run.returncode:
-            raise cats.CatsError(f"at {budget}: {run.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
-        rows.append(json.loads(run.stdout.strip().splitlines()[-1]))
+    rows = [
+        {"model": name, "budget": request.budget, "covers": request.covers, "method": request.method, **in_child(request)}
+        for name, request in live_bar(list(requests_of(args)), desc="budgets")
+    ]
     if args.output:
         earlier = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
         rows = [*earlier, *rows]

@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
-# Table 3 of the paper: speed by memory budget, for any model:
-#   bash scripts/table3_memory_budget.sh MODEL DRAFT_ADAPTER SHALLOW_ADAPTER... [-- FLAGS OF python -m evaluation.tables]
-# Without arguments: the default model and its adapters, its flash imitated at 100 MB/s, so that streaming and not arithmetic sets the pace, as at 7B.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Table 3 of the paper: speed by memory budget. Flags: python -m evaluation.reproduce --help; docs/reproduce.md
+set -euo pipefail && cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh requirements.txt
-source scripts/paper_table.sh memory-budget evaluation/results/table3_memory_budget.json "$@"
+python -m evaluation.reproduce table3 "$@"

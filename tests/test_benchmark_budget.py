@@ -16,11 +16,11 @@ import cats
 from cats import CatsError
 from cats.nested import conversion
 from cats.planning.plan import COARSE
+from evaluation.memory_run import GROUPS, run_limited
 from scripts import benchmark_budget, write_gguf
 from scripts.benchmark_budget import in_turns, main, one_run, summarise
 from scripts.budget_engines import ENGINES
 from scripts.make_synthetic_checkpoint import base_config, make_checkpoint
-from evaluation.memory_run import GROUPS, run_limited
 from scripts.peer_engines import PEERS
 from scripts.timed_run import Request, measure
 from tests.test_synthetic_checkpoint import CONFIG

@@ -351,7 +351,7 @@ def test_too_little_memory_is_the_users_to_mend(error: Exception, capsys: pytest
 @pytest.mark.parametrize(
     "module",
     [
-        *("cats.__main__", "evaluation.CATS_dynamic", "evaluation.acceptance_table", "evaluation.correctness", "evaluation.tables"),
+        *("cats.__main__", "evaluation.CATS_dynamic", "evaluation.acceptance_table", "evaluation.correctness", "evaluation.reproduce"),
         *("evaluation.live_view", "training.ge_data", "training.train_finetune", "training.fine_tune_adapter", "training.compare_starts"),
     ],
 )

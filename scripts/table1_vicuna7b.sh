@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Table 1 of the paper: accepted length and speed-up of every method. Flags: python -m evaluation.reproduce --help; docs/reproduce.md
+set -euo pipefail && cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh requirements.txt
+python -m evaluation.reproduce table1 "$@"
