@@ -176,6 +176,7 @@ class Stand:
         check_bytes(self.entry.name, answer, subject.model.base.source)
         if not self.kept:
             self.close()
+            gc.collect()
         return answer
 
     def load(self, prompt_ids: list[int], config: GenerationConfig) -> Subject:
@@ -203,7 +204,6 @@ class Stand:
         if self.subject is not None:
             self.subject.model.close()
         self.subject = None
-        gc.collect()
 
 
 def bandwidth_of(place: Place, directory: Path) -> float:
