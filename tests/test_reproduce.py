@@ -209,4 +209,4 @@ def test_labels_and_sheets() -> None:
     assert "| x_y | 5 % |" in sheet.markdown()
     assert r"x\_y & 5 \% \\" in sheet.latex()
     assert r"\caption{A \& B. $\pm$ 1}" in sheet.latex()
-    assert Place(10**6, 5e6, False, 1).label == "1.000 MB, emulated 5 MB/s, ring of 1, not pinned"
+    assert Place(10**6, 5e6, False, 1).label == "1.000 MB, emulated 5.00 MB/s, ring of 1, not pinned"
