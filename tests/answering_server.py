@@ -3,7 +3,8 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,28 @@ class Served:
 def load_tiny(**settings: Any) -> cats.CatsModel:
     """The test model with its adapters."""
     return cats.load(TINY, ADAPTERS, dtype="float32", plan=None, **settings)
+
+
+class Gate:
+    """Holds every cycle of a method until it is let through; counts those that began."""
+
+    def __init__(self, propose: Callable[..., Any]):
+        self.propose, self.begun, self.permits = propose, 0, threading.Semaphore(0)
+
+    def __call__(self, *given: Any) -> Any:
+        self.begun += 1
+        assert self.permits.acquire(timeout=PATIENCE)
+        return self.propose(*given)
+
+    def open(self) -> None:
+        self.permits.release(10_000)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @contextmanager

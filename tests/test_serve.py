@@ -3,9 +3,7 @@
 import http.client
 import json
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -15,7 +13,7 @@ import pytest
 import cats
 from cats.cli.serve import main
 from cats.writers import WRITERS
-from tests.answering_server import NAME, PATIENCE, Served, asked, load_tiny, serving
+from tests.answering_server import NAME, Gate, Served, asked, load_tiny, serving, until
 
 QUESTIONS = ("Hello there", "Tell me a story about two brothers.", "Was ist 2 + 3? \u00e9\u00df\u20ac")
 METHOD = cats.CascadeConfig(tree_topk=4, total_tokens=24)
@@ -234,21 +232,6 @@ def test_a_key_is_asked_for(model: cats.CatsModel) -> None:
         assert httpx.get(served.address).status_code == 200
 
 
-class Gate:
-    """Holds every cycle of a method until it is let through; counts those that began."""
-
-    def __init__(self, propose: Callable[..., Any]):
-        self.propose, self.begun, self.permits = propose, 0, threading.Semaphore(0)
-
-    def __call__(self, *given: Any) -> Any:
-        self.begun += 1
-        assert self.permits.acquire(timeout=PATIENCE)
-        return self.propose(*given)
-
-    def open(self) -> None:
-        self.permits.release(10_000)
-
-
 @pytest.fixture
 def gated(model: cats.CatsModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Served, Gate]]:
     method = cats.build_method(METHOD, model)
@@ -257,13 +240,6 @@ def gated(model: cats.CatsModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
     with serving(model, method, places=1) as server:
         yield server, gate
         gate.open()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def begin(served: Served, **fields: Any) -> socket.socket:

@@ -17,7 +17,6 @@ from cats.api import CatsModel
 from cats.config import GenerationConfig
 from cats.engine import Step
 from cats.methods import Method
-from cats.planning.plan import amount
 from cats.runtime.budget import scope
 from cats.serve.refusals import RequestError
 
@@ -48,9 +47,10 @@ class Desk:
     def about(self) -> dict[str, Any]:
         """How the model runs, for people."""
         source, exits = self.model.base.source, self.model.exits(self.method.adapters)
-        plan, link = source.plan, source.streamer.link.label if source.streamer else ""
-        budget = "no memory budget" if plan.budget_bytes is None else f"{amount(plan.budget_bytes)} for {scope(plan.covers)}"
-        wire = f"{amount(plan.streamed_bytes)} streamed a pass, {link}" if plan.streamed else "nothing streamed"
+        plan, link = source.plan, source.streamer.link if source.streamer else None
+        budget = "no memory budget" if plan.budget_bytes is None else f"{megabytes(plan.budget_bytes)} for {scope(plan.covers)}"
+        slowed = f", {link.label}" if link and link.bytes_per_second else ""
+        wire = f"{megabytes(plan.streamed_bytes)} streamed a pass{slowed}" if link else "nothing streamed"
         method = self.method.config.label(tuple(exits.values()))
         return {"method": method, "budget": budget, "wire": wire, "context": self.context}
 
@@ -92,3 +92,8 @@ class Desk:
 def closed() -> RequestError:
     """What is said to those who come late."""
     return RequestError(503, "the server is going down.", code="shutting_down")
+
+
+def megabytes(nbytes: int) -> str:
+    """Whole ones."""
+    return f"{nbytes / 1e6:.0f} MB"
