@@ -57,7 +57,7 @@ from evaluation.subject import Subject, load_subject, said_exit, stored_bytes, s
 from evaluation.timing import environment
 
 TOLERANCE = 0.02
-WARM_UP_TOKENS = 4
+WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 4
 SETTINGS = ".settings.json"
 
 
@@ -185,7 +185,7 @@ class Stand:
         named = (to.args.dtype, choose_device(to.args.device), self.memory, to.args.compute_dtype)
         with heartbeat(f"loading {model.name} for {self.entry.name}"):
             subject = self.subject = load_subject(model.directory, model.adapters, to.text, *named)
-            subject.answer(prompt_ids, method, replace(config, max_new_tokens=WARM_UP_TOKENS))
+            subject.answer(prompt_ids[:WARM_UP_PROMPT], method, replace(config, max_new_tokens=WARM_UP_TOKENS))
         plan, cell = subject.model.base.source.plan, to.cell(self.entry)
         about = {
             "settings": to.settings(self.entry),
@@ -230,14 +230,13 @@ def compare(comparison: Comparison) -> None:
         check_settings(cell.with_suffix(SETTINGS), comparison.settings(entry), cell)
     stands = stands_of(comparison)
     contenders = [Contender(stand.entry.name, stand.answer, comparison.cell(stand.entry)) for stand in stands]
-    if not missing_answers(contenders, comparison.questions):
-        return
-    sys.stderr.write(f"{comparison.place.label}: {', '.join(stand.entry.name for stand in stands)}\n")
-    try:
-        run_eval(contenders, comparison.questions, comparison.asking)
-    finally:
-        for stand in stands:
-            stand.close()
+    if missing_answers(contenders, comparison.questions):
+        sys.stderr.write(f"{comparison.place.label}: {', '.join(stand.entry.name for stand in stands)}\n")
+        try:
+            run_eval(contenders, comparison.questions, comparison.asking)
+        finally:
+            for stand in stands:
+                stand.close()
     check_identity(comparison, stands)
 
 
@@ -247,6 +246,7 @@ def stands_of(comparison: Comparison) -> list[Stand]:
     for entry in comparison.entries:
         memory = place.memory(entry.method, comparison.positions)
         try:
+            check_room(place, entry.model)
             if memory is not None and not streams(entry.model, entry.method, replace(memory, flash_bandwidth=None), comparison.args.dtype):
                 memory = replace(memory, flash_bandwidth=None)  # nothing passes over the link
         except BudgetError as error:
@@ -257,6 +257,13 @@ def stands_of(comparison: Comparison) -> list[Stand]:
     each = place.budget_bytes or max((stored_bytes(entry.model.directory) for entry, _ in fitting), default=0)
     kept = 2 * each * len(fitting) < psutil.virtual_memory().available
     return [Stand(comparison, entry, memory, kept) for entry, memory in fitting]
+
+
+def check_room(place: Place, model: ChosenModel) -> None:
+    """Raise `BudgetError` where all weights shall be in memory and the machine has none for them."""
+    needed, available = stored_bytes(model.directory), psutil.virtual_memory().available
+    if place.budget_bytes is None and needed > available:
+        raise BudgetError(f"the weights take {amount(needed)} and {amount(available)} of memory are free; run it on a larger machine.")
 
 
 def check_identity(comparison: Comparison, stands: Sequence[Stand]) -> None:

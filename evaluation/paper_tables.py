@@ -237,7 +237,7 @@ def table3(results: Results) -> list[Sheet]:
     printed = {(row["budget_gb"], row["method"]): row for row in results.paper["memory_budget"]["rows"]}
     for budget, paper_budget in zip(run.budgets, paper_budgets(run), strict=True):
         place = Place(budget, run.wires[-1].rate, not run.args.no_pinning)
-        deepest = run.deepest(budget)
+        deepest = run.deepest[budget]
         for name, label, exits in (("Baseline", PLAIN, None), ("Kangaroo", "kangaroo", None), ("CATS", "cascade_chain", deepest)):
             theirs = printed.get((paper_budget, name))
             says = "-" if theirs is None else f"{theirs['accepted_length']:.2f}, {theirs['tokens_per_s']:.3f}"

@@ -11,12 +11,16 @@ Working files lie beside them; a run that is interrupted goes on where it stoppe
 
 import argparse
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cats import CatsError, GenerationConfig, ModelText
 from cats.cli.progress import live_bar
@@ -140,12 +144,13 @@ class Run:
             return False
         return True
 
-    def deepest(self, budget: int) -> Exits | None:
-        """The usual draft exit and the deepest shallow exit at which a budget holds CATS's chain."""
-        if self.exits is None:
-            return None
-        found = [(self.exits[0], layer) for layer in sorted(self.adapters, reverse=True) if layer > self.exits[0]]
-        return next((exits for exits in found if self.fits(self.entry("cascade_chain", exits), budget)), None)
+    @cached_property
+    def deepest(self) -> dict[int, Exits | None]:
+        """By budget, the usual draft exit and the deepest shallow exit at which it holds CATS's chain."""
+        first = self.exits[0] if self.exits is not None else 0
+        pairs = [(first, layer) for layer in sorted(self.adapters, reverse=True) if layer > first]
+        entries = {exits: self.entry("cascade_chain", exits) for exits in pairs}
+        return {budget: next((exits for exits in pairs if self.fits(entries[exits], budget)), None) for budget in self.budgets}
 
 
 def known_adapters(args: argparse.Namespace, brought: Mapping[str, Path]) -> tuple[dict[int, Path], Exits | None]:
@@ -173,6 +178,18 @@ def known_adapters(args: argparse.Namespace, brought: Mapping[str, Path]) -> tup
     return dict(sorted(found.items())), (exits["draft"], exits["shallow"])
 
 
+@contextmanager
+def every_core() -> Iterator[None]:
+    """All cores for the block: what it measures is no time, and its text does not depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_core()
 def fill_lengths(run: Run, benches: Sequence[str], labels: Sequence[str], exits: Exits | None = None) -> None:
     """Accepted lengths of methods on question sets; plain decoding beside them, to count equal answers."""
     wanted = list(dict.fromkeys([PLAIN, *labels]))
@@ -189,6 +206,7 @@ def fill_cycles(run: Run, place: Place, entries: Iterable[Entry], turns: int) ->
     compare(Comparison(run.args, place, list(entries), questions, asking, run.text, about, run.output / "cycles.cells"))
 
 
+@every_core()
 def fill_quality(run: Run, labels: Sequence[str]) -> None:
     """Likelihood of answers, greedy, sampled and by typical acceptance."""
     flags = quality_curve.parse(["--output", str(run.output / "quality.json")])

@@ -62,8 +62,9 @@ if TYPE_CHECKING:
 QUANTITIES = ("acceptance", "cycles", "quality", "memory", "context")
 FULL = Work(8, 64, 8, 48, (1024, 4096, 8192), 2, 16)
 QUICK = Work(1, 12, 1, 6, (256, 512), 1, 6)
+TURNS = 4
 DEFAULT_BUDGETS = (85_000_000, 151_000_000, 184_000_000)
-DEFAULT_WIRES = (Wire(None, 6), Wire(500e6, 6), Wire(100e6, 2))
+DEFAULT_WIRES = (Wire(None, TURNS), Wire(500e6, TURNS), Wire(100e6, 2))
 TABLE_1 = (PLAIN, "prompt_lookup", *paper_tables.PAPER_METHODS.values())
 CONTRASTED = ("kangaroo", "eagle_self_tree", "cascade_chain", "cascade_tree")
 HELD = (PLAIN, "cascade_tree")
@@ -106,11 +107,6 @@ def on_all_sets(run: Run) -> list[Lengths]:
     return [(BENCHES, run.methods, None)]
 
 
-def on_mtbench(run: Run) -> list[Lengths]:
-    """The methods of table 1 on MT-bench."""
-    return [((CYCLE_BENCH,), run.methods, None)]
-
-
 def turns_at_headline(run: Run) -> Iterator[Turns]:
     """The methods of table 1 under the largest budget, on every wire."""
     for place, wire in zip(headline(run), run.wires, strict=True):
@@ -127,16 +123,14 @@ def turns_by_budget(run: Run) -> Iterator[Turns]:
     """Table 3."""
     wire = run.wires[-1]
     for budget in run.budgets:
-        for label, exits in ((PLAIN, None), ("kangaroo", None), ("cascade_chain", run.deepest(budget))):
+        for label, exits in ((PLAIN, None), ("kangaroo", None), ("cascade_chain", run.deepest[budget])):
             yield Place(budget, wire.rate, not run.args.no_pinning), label, exits, wire.turns
 
 
 def lengths_by_depth(run: Run) -> list[Lengths]:
     """Kangaroo at every exit, CATS at those that tables 3 and 4 show."""
-    deepest = {run.deepest(budget) for budget in run.budgets}
-    chains: list[Lengths] = [
-        ((CYCLE_BENCH,), ("cascade_chain",), exits) for exits in sorted(exits for exits in deepest if exits is not None)
-    ]
+    pairs = {exits for exits in (*run.deepest.values(), run.exits) if exits is not None}
+    chains: list[Lengths] = [((CYCLE_BENCH,), ("cascade_chain",), exits) for exits in sorted(pairs)]
     return [*chains, *(((CYCLE_BENCH,), ("kangaroo",), exits) for exits in depths(run))]
 
 
@@ -241,10 +235,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--memory-budget", help="like 8GB: for accepted lengths and quality, stream what does not fit; the text is the same")
     group.add_argument("--questions", type=int, help="of each set, for accepted lengths and quality (default: 8)")
     group.add_argument("--max-new-tokens", type=int, help="for accepted lengths and quality (default: 64)")
-    group.add_argument("--turns", type=int, help="questions for the time of cycles, on every wire (default: 6, 2 on the slowest)")
+    group.add_argument("--turns", type=int, help="questions for the time of cycles, on every wire (default: 4, 2 at 100 MB/s)")
     group.add_argument("--contexts", nargs="+", type=int, help="positions (default: 1024 4096 8192, as far as the model goes)")
     group.add_argument("--seed", type=int, default=0, help="of what is sampled (default: %(default)s)")
-    group.add_argument("--threads", type=int, default=1, help="CPU threads beside the reader's (default: %(default)s)")
+    group.add_argument("--threads", type=int, default=1, help="CPU threads where seconds count (default: %(default)s)")
     group.add_argument("--quick", action="store_true", help="a few tokens of a few questions: all of it in minutes, as a trial")
     parser.add_argument(
         "--output", type=Path, help="folder of results and working files (default: runs/reproduce, with --quick runs/quick)"
@@ -289,10 +283,10 @@ def work_of(args: argparse.Namespace) -> Work:
 
 def wires_of(args: argparse.Namespace, default: bool) -> tuple[Wire, ...]:
     """The links, by the flags."""
-    wires: tuple[Wire, ...] = DEFAULT_WIRES if default else (Wire(None, 6),)
+    wires: tuple[Wire, ...] = DEFAULT_WIRES if default else (Wire(None, TURNS),)
     if args.wires is not None:
         rates = [None if text == "disk" else float(parse_amount(text, "--wires")) for text in args.wires]
-        wires = tuple(Wire(rate, 6) for rate in rates)
+        wires = tuple(Wire(rate, TURNS) for rate in rates)
     elif args.quick:
         wires = (wires[0], *wires[2:])
     turns = args.turns or (1 if args.quick else None)
