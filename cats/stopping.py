@@ -19,11 +19,12 @@ class StopStrings:
         if not strings or not all(strings):
             raise CatsError("stop strings must not be empty.")
         self._strings, self._decode = tuple(strings), decode
+        self._tail = max(TAIL_TOKENS, 8 + max(len(string.encode()) for string in strings))  # a token may be as short as a byte
 
     def __call__(self, answer: list[int], new: int) -> int | None:
         """The number of tokens to keep, or None to go on."""
         for end in range(len(answer) - new + 1, len(answer) + 1):
-            text = self._decode(answer[max(0, end - TAIL_TOKENS) : end])
+            text = self._decode(answer[max(0, end - self._tail) : end])
             if any(string in text for string in self._strings):
                 return end
         return None

@@ -2,8 +2,12 @@
 
 import http.client
 import json
+import re
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +21,7 @@ from tests.answering_server import NAME, Gate, Served, asked, load_tiny, serving
 
 QUESTIONS = ("Hello there", "Tell me a story about two brothers.", "Was ist 2 + 3? \u00e9\u00df\u20ac")
 METHOD = cats.CascadeConfig(tree_topk=4, total_tokens=24)
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "serve.md"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,28 @@ def test_a_stop_string_ends_before_itself_wherever_tokens_end(served: Served, mo
     chunks = streamed(served, question=QUESTIONS[1], max_tokens=40, stop=stop)
     assert answer["choices"][0]["message"]["content"] == content(chunks) == expected
     assert answer["choices"][0]["finish_reason"] == chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_the_next_turn_reads_only_what_is_new(served: Served, model: cats.CatsModel) -> None:
+    messages = [{"role": "user", "content": QUESTIONS[1]}]
+    first = served.post({"model": NAME, "messages": messages, "max_tokens": 24}).json()
+    messages += [first["choices"][0]["message"], {"role": "user", "content": "Go on."}]
+    second = served.post({"model": NAME, "messages": messages, "max_tokens": 24}).json()
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    assert second["choices"][0]["message"]["content"] == model.chat(plain, METHOD, max_new_tokens=24).text
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert first["usage"]["prompt_tokens"] <= cached < second["usage"]["prompt_tokens"]
+
+
+def test_the_commands_of_the_docs_run(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    text = DOCS.read_text(encoding="utf-8").replace("http://127.0.0.1:8000", served.address).replace("SmolLM2-135M-Instruct", NAME)
+    blocks = dict(re.findall(r"^```(python|sh)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL))
+    exec(compile(blocks["python"], DOCS.name, "exec"), {})
+    assert "'draft'" in capsys.readouterr().out
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl on this machine")
+    ended = subprocess.run(["sh", "-c", blocks["sh"]], capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout)["object"] == "chat.completion"
 
 
 def test_a_seed_repeats_an_answer(served: Served, model: cats.CatsModel) -> None:

@@ -11,6 +11,7 @@ from transformers import Qwen2Config
 
 import cats
 from cats.errors import CatsError
+from cats.stopping import StopStrings
 from cats.text import NAMED, OWN, ModelText, checkpoint_name, is_vicuna, listed_end_ids, load_tokenizer, render
 from tests import speaking_model, tiny_models
 from tests.prompt_paths import QUESTION, prompts_of_every_path
@@ -182,3 +183,11 @@ def test_id_2_is_an_ordinary_token_of_a_qwen(tmp_path: Path) -> None:
         assert cats.generate(model, prompt, "autoregressive", cats.GenerationConfig(max_new_tokens=40)).ids == wanted
         passed += 2 in wanted[:-1]
     assert passed, "token 2 must occur before an answer's end"
+
+
+def test_a_stop_string_of_many_tokens_is_found() -> None:
+    """Even where each of its characters is a token."""
+    stop = StopStrings(["x" * 100 + "."], lambda ids: "".join(map(chr, ids)))
+    answer = [ord(character) for character in "so " + "x" * 100 + ". And"]
+    assert stop(answer[:103], 103) is None
+    assert stop(answer, 8) == 104
