@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FILLS = (("#ffffff", "///"), ("#bbbbbb", ""), ("#555555", ""), ("#ffffff", "..."), ("#888888", "xx"), ("#dddddd", "\\\\"), ("#ffffff", "++"))
+GREYS, HATCHES = ("#ffffff", "#bbbbbb", "#555555", "#ffffff", "#888888", "#dddddd", "#ffffff"), ("///", "", "", "...", "xx", "\\\\", "++")
+FILLS = tuple(zip(GREYS, HATCHES, strict=True))
 MARKS, LINES = "osv^D", ("-", "--", ":", "-.")
 BROKEN_DOWN = (PLAIN, "kangaroo", "eagle_self_chain", "eagle_self_tree", "cascade_chain", "cascade_tree")
 STAGES = {"draft": "drafting", "shallow": "shallow verification", "target": "target pass, arithmetic", "stream_wait": "waiting for weights"}
