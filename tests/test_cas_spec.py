@@ -6,25 +6,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
 import cats
 from cats.methods import cas_spec_tree, needs_of
 from cats.methods.cas_spec import CasSpecConfig, Opened
+from cats.methods.cas_spec_tree import Level
 from cats.methods.estimates import PAST, START, WINDOW, Acceptance, Regression
-from cats.methods.router import Choice, Option, best_choice, best_length, gain, speed_up
+from cats.methods.router import TARGET, Choice, Option, Router, best_choice, best_length, gain, speed_up
 from cats.planning.plan import EXACT, View
 from cats.planning.sparsity import Sparse, by_turns, read_sets, skipped_count, view_without
+from cats.state import Cycle, DecodeState
 from evaluation import router_calibration
 from tests.chats import write
 from tests.methods import SHAPES, memory_for
 from tests.test_int8_copy import scramble
-from tests.tiny_models import LAYERS, SIZES, TinyModel, prompts
+from tests.tiny_models import DRAFT_EXIT, LAYERS, SIZES, TinyModel, prompts
 from training import search_layer_sets
 
 Tiny = Callable[[str], TinyModel]
 OPEN = cats.GenerationConfig(max_new_tokens=40, eos_token_ids=())
+TRAINED = Path(__file__).parents[1] / "data" / "tiny"
 WIDTH = SIZES["hidden_size"]
 EVERY = ("coarse", "sparse40", "sparse60", "exit", "lookup")
 
@@ -154,6 +159,45 @@ def test_whatever_drafts_the_text_is_the_targets(tiny: Tiny, monkeypatch: pytest
         kinds |= {kind for trace in found.traces for kind in trace.accepted_kinds}
     assert drafted == set(EVERY)
     assert len(kinds & drafted) >= 3, "of what they draft the target takes some"
+
+
+@pytest.mark.parametrize("levels", [("sparse60", "exit", "lookup"), ("exit", "lookup"), ("exit",)])
+def test_where_the_target_is_dear_trees_grow_large(
+    levels: tuple[Literal["sparse60", "exit", "lookup"], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind a slow stream: rivals share passes, and a later pass meets nodes that an earlier one has run."""
+    measured = Router.ran
+
+    def ran(router: Router, kind: str, rows: float, context: float, layers: float, nbytes: float, seconds: float) -> None:
+        measured(router, kind, rows, context, layers, nbytes, 1.0 if kind == TARGET else 1e-3)
+
+    monkeypatch.setattr(Router, "ran", ran)
+    model = cats.load(TRAINED, {"draft": TRAINED / "adapters" / "draft_exit2"})
+    method, sizes = cats.build_method(CasSpecConfig(levels), model), []
+    for prompt in ("Explain why the sea is salty.", "Tom has 12 apples and buys 3 bags of 5. How many apples has he now?"):
+        found = model.chat(prompt, method, max_new_tokens=96)
+        assert found.ids == model.chat(prompt, "autoregressive", max_new_tokens=96).ids
+        sizes += [trace.nodes for trace in found.traces[1:]]
+    assert max(sizes) > 16
+
+
+def test_a_level_runs_again_what_another_has_claimed_and_nothing_else(tiny: Tiny) -> None:
+    """Exit runs a chain, a sparse level what is above its end: then only that is run again, and read by the adapter."""
+    model = cats.load(tiny("llama-grouped").base, tiny("llama-grouped").adapters)
+    state = DecodeState(model, [5, 6, 7], ("draft",), capacity=20, max_nodes=8)
+    state.read_prompt()
+    state.tokens.append(9)
+    cycle = Cycle(state, depth_limit=8)
+    first = cycle.tree.add(0, 11, "exit")
+    second, other = cycle.tree.add(first, 12, "exit"), cycle.tree.add(first, 13, "exit")
+    exit_level = Level("exit", EXACT, DRAFT_EXIT, DRAFT_EXIT + 1)
+    sparse = Level("sparse60", Sparse(sparsity=0.6).in_model(LAYERS, WIDTH), LAYERS, 2)
+    assert exit_level.rows(cycle, [second]) == [0, first, second]
+    before = exit_level.look(cycle, [0, first, second])
+    assert exit_level.rows(cycle, [second]) == []
+    sparse.look(cycle, sparse.rows(cycle, [other]))
+    assert exit_level.rows(cycle, [second]) == [0, first]
+    assert torch.equal(exit_level.look(cycle, [0, first]), before[:2])
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.startswith("cas-spec")])

@@ -53,10 +53,10 @@ class Level(NamedTuple):
     layers: int
 
     def rows(self, cycle: "Cycle", nodes: Sequence[int]) -> list[int]:
-        """These nodes, and those above them that this level, or one that runs more, has not run."""
-        above = {node for tip in nodes for node in cycle.tree.path(tip)[:-1]}
+        """Those of these nodes, and of the nodes above them, that neither this level nor one that runs more has run."""
         adapter = "draft" if self.name == EXIT else None
-        return sorted({*nodes, *(node for node in above if not cycle.ready(node, self.stop, self.view, adapter))})
+        path = {above for node in nodes for above in cycle.tree.path(node)}
+        return sorted(node for node in path if not cycle.ready(node, self.stop, self.view, adapter))
 
     def look(self, cycle: "Cycle", rows: list[int]) -> torch.Tensor:
         """The level's logits [T, V] at nodes, which `rows` made complete."""
@@ -216,7 +216,7 @@ class Growth:
             yield Option(LOOKUP, chance, max(self._row / seconds, 1e-3), min(len(tokens), room))
         longest = min(self.bounds.longest, room)
         for level, acceptance, cost in known:
-            again = len(level.rows(self.cycle, [leaf.node])) - 1
+            again = len(level.rows(self.cycle, [leaf.node])) - (leaf.token is None)
             more = again * self.router.times(level.name).row_seconds() / seconds if again else 0.0
             yield Option(level.name, acceptance, cost + more, longest)
 
@@ -293,6 +293,8 @@ class Growth:
         """Let a level say what may follow on nodes; what it says replaces what was thought of tokens that are there already."""
         began, before = time.perf_counter(), len(self.cycle.passes)
         rows = level.rows(self.cycle, nodes)
+        if not rows:
+            return
         logits_TV = level.look(self.cycle, rows).float()
         best = logits_TV.topk(min(OFFERED, logits_TV.shape[-1]), dim=-1)
         chances = (best.values - logits_TV.logsumexp(dim=-1, keepdim=True)).exp().tolist()
