@@ -1,5 +1,6 @@
 """`cats serve` from outside: OpenAI's own client, raw requests and sockets against a server that runs; texts are the library's."""
 
+import asyncio
 import http.client
 import json
 import re
@@ -16,6 +17,9 @@ import pytest
 
 import cats
 from cats.cli.serve import main
+from cats.serve import answering
+from cats.serve.asked import read_asked
+from cats.serve.desk import Desk
 from cats.writers import WRITERS
 from tests.answering_server import NAME, Gate, Served, asked, load_tiny, serving, until
 
@@ -315,6 +319,19 @@ def test_a_client_that_goes_away_ends_its_answer(gated: tuple[Served, Gate], mod
     expected = said(model, QUESTIONS[0], max_new_tokens=20)
     assert answer["choices"][0]["message"]["content"] == expected.text
     assert gate.begun == 1 + len(expected.traces) - 1
+
+
+def test_a_client_that_does_not_read_ends_its_answer(model: cats.CatsModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "SEND_SECONDS", 0.01)
+    desk = Desk(model, cats.build_method(METHOD, model), places=1)
+    request = read_asked(json.dumps(asked("Hi.", stream=True)).encode(), temperature=0, seed=0)
+
+    async def never(*given: Any) -> Any:
+        await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(answering.Answering(desk, NAME, model.text.prompt_ids("Hi."), request)({}, never, never))
+    assert desk.inside == 0
 
 
 def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:

@@ -9,11 +9,14 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from cats.serve.asked import Asked
 from cats.serve.desk import Desk
 from cats.serve.reply import Piece, Reply
+
+SEND_SECONDS = 60.0
+"""In which a client must take what it is sent; it would keep the others waiting."""
 
 
 async def while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -43,8 +46,13 @@ class Answering:
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI; a client that goes away ends its answer."""
-        await while_there(receive, self._send(scope, receive, send))
+        """See ASGI; a client that goes away ends its answer. `TimeoutError` where one stays and does not read."""
+
+        async def send_soon(message: Message) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
+        await while_there(receive, self._send(scope, receive, send_soon))
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._desk.turn(), aclosing(self._desk.steps(self._ids, self._asked.generation, self._asked.stop)) as steps:
