@@ -2,6 +2,7 @@
 
 Commands with a word of their own (`python -m cats WORD --help`; `-- WORD` asks the word itself):
 
+    chat     a conversation in the terminal
     serve    a model behind OpenAI's protocol, and a page to try it on
 """
 
@@ -9,17 +10,13 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import cats
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.live_text import LiveText
+from cats.cli.live_text import GREEN, LiveText, figures
 from cats.cli.model_flags import add_model_flags, load_model
 from cats.errors import CatsError
 from cats.methods.fallback import Fallback
-
-if TYPE_CHECKING:
-    from cats.trace import StepTrace
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,30 +41,21 @@ def answer(arguments: argparse.Namespace, prompt: str) -> None:
     model, method = load_model(arguments)
     text = model.text
     ids = text.ids(prompt) if arguments.raw else text.prompt_ids(prompt)
-    live, traces = LiveText(text), []
+    live, traces = LiveText(text, {"draft": GREEN} if sys.stdout.isatty() else {}), []
     steps = cats.stream(model, ids, method, generation, stop=text.stop(arguments.stop, chat=not arguments.raw))
     with heartbeat("reading the prompt"):
         first = next(steps)
     for step in itertools.chain([first], steps):
         traces.append(step.trace)
         for place, token in enumerate(step.tokens):
-            live.show(token, drafted=place < step.trace.accepted)
-    print_summary(traces[1:], traces[0].seconds.total)
+            live.show(token, "draft" if place < step.trace.accepted else "target")
+    live.end()
+    print(f"\n\n{figures(traces, 'prompt')}")
     if isinstance(method, Fallback) and method.fell_back:
         sys.stderr.write(
             f"{method.config.name} made {method.gain.value:.2f} x the tokens/s of plain decoding, which took {method.plain_cycles} of "
             f"{method.cycles} cycles over (--no-fallback: none).\n"
         )
-
-
-def print_summary(traces: "Sequence[StepTrace]", prefill_seconds: float) -> None:
-    """One line of figures below the answer."""
-    tokens, seconds = sum(trace.committed for trace in traces), sum(trace.seconds.total for trace in traces)
-    if traces:
-        rate = f"{tokens / seconds:.1f} tokens/s, {tokens / len(traces):.2f} tokens per target pass"
-        print(f"\n\n[{tokens + 1} tokens, {rate}, prompt read in {prefill_seconds:.2f} s]")
-    else:
-        print("\n\n[1 token]")
 
 
 @exit_with_sentence
