@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from cats.api import Answer, CatsModel, generate, load, stream
     from cats.cats_model import MultiAdapterCATSModel
     from cats.config import GenerationConfig, MemoryOptions, MethodConfig
+    from cats.custom_generate import transformers_generate
     from cats.engine import Generation, Step
     from cats.errors import CatsError
     from cats.kept import KeptCaches
@@ -27,6 +28,7 @@ _HOMES = {
     "api": ("Answer", "CatsModel", "generate", "load", "stream"),
     "cats_model": ("MultiAdapterCATSModel",),
     "config": ("GenerationConfig", "MemoryOptions", "MethodConfig"),
+    "custom_generate": ("transformers_generate",),
     "engine": ("Generation", "Step"),
     "errors": ("CatsError",),
     "kept": ("KeptCaches",),
@@ -60,6 +62,7 @@ __all__ = [
     "generate",
     "load",
     "stream",
+    "transformers_generate",
 ]
 
 

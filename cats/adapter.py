@@ -12,6 +12,7 @@ bytes and more:
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +21,13 @@ from torch import nn
 from transformers import Cache, LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from cats.calibration import AS_IS, CALIBRATION_FILE, Calibration, calibration_in
+from cats.adapter_card import card_of
+from cats.calibration import AS_IS, CALIBRATION_FILE, Calibration, calibration_in, save_calibration
 from cats.checkpoint import CONFIG_FAULTS, load_strictly, tensor_forms
 from cats.dtypes import held_dtype, is_exact, narrowest
 from cats.errors import CatsError
 from cats.files import write_atomically
+from cats.hub import locate, publish
 from cats.kernels import compiled_layers, compiled_norm
 from cats.linear import WorkSpace, replace_projections
 from cats.rope import RopeTable
@@ -189,12 +192,14 @@ class AdapterModel(nn.Module):
         device: str | torch.device = "cpu",
         sparing: bool = False,
     ) -> "AdapterModel":
-        """Load `config.json` and the weights, strictly. A given `exit_layer` must agree with the one in the configuration, if any.
+        """Load `config.json` and the weights, of a directory or a hub id, strictly. A given `exit_layer` must agree with the one in the
+        configuration, if any.
 
         Args:
             dtype: that the weights are held in (cats/dtypes.py).
             sparing: leave matrices as they are stored where that takes less memory and has the same values.
         """
+        directory = locate(directory)
         config = read_adapter_config(directory)
         recorded = getattr(config, "exit_layer", None)
         if exit_layer is not None and recorded is not None and exit_layer != recorded:
@@ -218,7 +223,8 @@ class AdapterModel(nn.Module):
         return adapter.eval()
 
     def save_pretrained(self, directory: str | Path, also_bin: bool = False, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `model.safetensors` (and `pytorch_model.bin` on request), each atomically, in `dtype` if given."""
+        """Write `config.json`, `model.safetensors` (and `pytorch_model.bin` on request), each atomically, in `dtype` if given; and the
+        calibration, where there is one."""
         directory, dtype = Path(directory), dtype or self.dtype
         fields = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
         fields |= {"num_hidden_layers": 1, "exit_layer": self.exit_layer, "dtype": str(dtype).removeprefix("torch.")}
@@ -227,7 +233,41 @@ class AdapterModel(nn.Module):
         if also_bin:
             write_atomically(directory / "pytorch_model.bin", lambda part: torch.save(tensors, part))
         write_atomically(directory / "config.json", lambda part: part.write_text(json.dumps(fields, indent=1) + "\n"))
-        (directory / CALIBRATION_FILE).unlink(missing_ok=True)  # of the weights that were here
+        if self.calibration != AS_IS:
+            save_calibration(self.calibration, directory, {})
+        else:
+            (directory / CALIBRATION_FILE).unlink(missing_ok=True)  # of the weights that were here
+
+    def push_to_hub(
+        self,
+        hub_id: str,
+        base_model: str,
+        *,
+        description: str = "",
+        license_name: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Put the adapter with a model card on the Hugging Face hub, from where `from_pretrained` and `cats.load` fetch it.
+
+        Args:
+            base_model: hub id of the model that it belongs to.
+            description: Markdown at the end of the card: what it was trained on, what it accepts.
+            license_name: as the hub writes it, such as "apache-2.0".
+
+        Returns:
+            the commit's address.
+
+        Raises:
+            CatsError: the hub cannot be reached, or does not let this user.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            card = card_of(
+                hub_id, base_model, int(self.exit_layer or 0), block_of(self.config), self.config.hidden_size, license_name, description
+            )
+            card.save(Path(folder) / "README.md")
+            return publish(Path(folder), hub_id, private, token)
 
 
 def read_adapter_config(directory: str | Path) -> LlamaConfig:

@@ -8,7 +8,7 @@ from cats.errors import CatsError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SETTINGS = (
     *("config.json", "original_config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "chat_template*"),
+    *("vocab.*", "merges.txt", "chat_template*", "calibration.json", "acceptance.json"),
 )
 SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json", "nested-*.safetensors", "nested.safetensors.index.json")
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -63,6 +63,25 @@ def fetch(hub_id: str) -> Path:
         return _cached(hub_id, error)
     except ValueError as error:
         raise CatsError(f"{hub_id!r} is neither a directory nor a name that the hub knows: {str(error).splitlines()[0]}") from error
+
+
+def publish(directory: Path, hub_id: str, private: bool, token: str | None) -> str:
+    """Put the files of a directory into a hub repository, which is made if need be; the commit's address.
+
+    Raises:
+        CatsError: the hub cannot be reached, or does not let this user.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    http_fault: type[Exception] = HfHubHTTPError.__bases__[0]
+    api = HfApi(token=token)
+    try:
+        api.create_repo(hub_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=hub_id, folder_path=directory).commit_url)
+    except (OSError, ValueError, OfflineModeIsEnabled, http_fault) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CatsError(f"cannot push to {hub_id}: {cause}; log in by `hf auth login`, or give token=...") from error
 
 
 def _cached(hub_id: str, fault: Exception) -> Path:

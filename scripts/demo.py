@@ -21,7 +21,7 @@ from cats.adapter import read_adapter_config
 from cats.checkpoint import locate_tensors, weight_files
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.default_model import SHIPPED, DefaultModel, default_model
-from cats.cli.live_text import LiveText
+from cats.cli.live_text import LiveText, drafts_in_green
 from cats.cli.progress import heartbeat, live_bar
 from cats.earlyexit import read_config
 from cats.methods import PRESETS, needs_of, with_needs
@@ -248,12 +248,13 @@ def show(text: ModelText, prompt: str, record: Record) -> None:
     colours = "; green: drafted by the first layers and accepted by the whole model" if sys.stdout.isatty() else ""
     sys.stdout.write(f"{SHOWN} on {prompt!r}{colours}\n\n")
     steps = choice["steps"][0]
-    drafted = [False]
+    writers = ["target"]
     for committed, accepted in zip(steps["committed"], steps["accepted"], strict=True):
-        drafted += [place < accepted for place in range(committed)]
-    live = LiveText(text)
-    for token, was_drafted in zip(choice["ids"][0], drafted, strict=True):
-        live.show(token, was_drafted)
+        writers += ["draft" if place < accepted else "target" for place in range(committed)]
+    live = LiveText(text, drafts_in_green())
+    for token, writer in zip(choice["ids"][0], writers, strict=True):
+        live.show(token, writer)
+    live.end()
     sys.stdout.write("\n")
 
 

@@ -1,5 +1,6 @@
 """`python -m cats chat`: turns, commands, colours and Ctrl-C, by a pipe in process and by a real terminal."""
 
+import fcntl
 import io
 import os
 import pty
@@ -7,7 +8,7 @@ import re
 import select
 import subprocess
 import sys
-import time
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -162,20 +163,30 @@ class Terminal:
     def __init__(self, *command: str):
         self._screen, side = pty.openpty()
         environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        self.process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, cwd=ROOT, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal there
+        )
         os.close(side)
         self.shown = ""
 
     def press(self, keys: str) -> None:
         os.write(self._screen, keys.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 300.0) -> None:
-        """Until something new matches; what was shown before counts no more."""
-        end = time.monotonic() + seconds
+    def wait_for(self, pattern: str, silent: int = 120) -> None:
+        """Until something new matches, or so many seconds were silent; what was shown before counts no more."""
         while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() < end, self.shown
             if select.select([self._screen], [], [], 1.0)[0]:
                 self.shown += os.read(self._screen, 4096).decode(errors="replace")
+            else:
+                silent -= 1
+            assert silent, self.shown
         self.shown = self.shown[found.end() :]
 
     def __enter__(self) -> Self:

@@ -21,7 +21,7 @@ LARGEST_FILE = 16 * 2**20
 
 # A module of cats/ may import from its own rank and from those above it in this list.
 RANKS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "files", "records", "turns", "families", "hub", "datastore", "static_tree"}),
+    frozenset({"errors", "files", "records", "turns", "families", "hub", "adapter_card", "datastore", "static_tree"}),
     frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings", "text"}),
     frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "nested", "runtime"}),
     frozenset({"calibration"}),
@@ -31,7 +31,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"reference", "engine", "writers"}),
     frozenset({"machine"}),
     frozenset({"planned"}),
-    frozenset({"api"}),
+    frozenset({"api", "custom_generate"}),
     frozenset({""}),
     frozenset({"serve"}),
     frozenset({"cli", "__main__"}),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import cats
 from cats.cli.command import CommandParser, exit_with_sentence
-from cats.cli.live_text import GREEN, LiveText, figures
+from cats.cli.live_text import LiveText, drafts_in_green, figures
 from cats.cli.model_flags import add_model_flags, load_model
 from cats.errors import CatsError
 from cats.methods.fallback import Fallback
@@ -41,7 +41,7 @@ def answer(arguments: argparse.Namespace, prompt: str) -> None:
     model, method = load_model(arguments)
     text = model.text
     ids = text.ids(prompt) if arguments.raw else text.prompt_ids(prompt)
-    live, traces = LiveText(text, {"draft": GREEN} if sys.stdout.isatty() else {}), []
+    live, traces = LiveText(text, drafts_in_green()), []
     steps = cats.stream(model, ids, method, generation, stop=text.stop(arguments.stop, chat=not arguments.raw))
     with heartbeat("reading the prompt"):
         first = next(steps)

@@ -15,7 +15,6 @@ from cats.cli.line_reader import line_reader
 from cats.cli.live_text import GREEN, PLAIN, LiveText, figures
 from cats.cli.model_flags import add_model_flags, load_model
 from cats.errors import CatsError
-from cats.writers import WRITERS, writers_of
 
 if TYPE_CHECKING:
     from cats.api import CatsModel
@@ -123,6 +122,8 @@ class Chat:
         return ids
 
     def _show(self, step: "Step", live: LiveText) -> None:
+        from cats.writers import writers_of
+
         for token, writer in zip(step.tokens, writers_of(step, self._method.config), strict=True):
             live.show(token, writer)
 
@@ -183,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, method = load_model(arguments)
     print(f"{method.config.label(tuple(model.exits(method.adapters).values()))}, {model.text.template} template; /help shows the commands")
     if arguments.colour:
+        from cats.writers import WRITERS
+
         print(", ".join(f"{COLOURS.get(name, '')}{name}{PLAIN}: {meaning}" for name, meaning in WRITERS.items()))
     converse(Chat(model, method, arguments), line_reader())
 

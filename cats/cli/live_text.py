@@ -37,6 +37,11 @@ class LiveText:
         sys.stdout.flush()
 
 
+def drafts_in_green() -> dict[str, str]:
+    """Colours of an answer in a terminal: drafted tokens that the target accepted stand out."""
+    return {"draft": GREEN} if sys.stdout.isatty() else {}
+
+
 def figures(traces: "Sequence[StepTrace]", prompt: str) -> str:
     """What an answer cost, in a line; the first trace is that of the prompt, `prompt` says what was read."""
     cycles = traces[1:]
