@@ -31,7 +31,9 @@ from evaluation.record_file import write_json
 from evaluation.subject import Subject, load_subject, load_text, subject_settings
 from evaluation.timing import environment
 
-BINS = 10
+BINS, DRAWN = 10, 10
+"""Bins of what was expected; tokens of a bin that the picture shows, at least."""
+MARKS = "osv^D"
 Judged = tuple[str, float, bool]
 Timed = tuple[str, float, float]
 
@@ -94,16 +96,17 @@ def draw(result: dict[str, Any], timed: Sequence[Timed], path: Path) -> None:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="#797979", linewidth=0.8)
-    for level, found in result["acceptance"].items():
-        bins = found["bins"]
-        left.plot([row["expected"] for row in bins], [row["true"] for row in bins], marker="o", label=f"{level}, {found['tokens']} tokens")
+    for mark, (level, found) in zip(MARKS, result["acceptance"].items(), strict=False):
+        bins = [row for row in found["bins"] if row["tokens"] >= DRAWN]
+        label = f"{level}, {found['tokens']} tokens"
+        left.plot([row["expected"] for row in bins], [row["true"] for row in bins], marker=mark, label=label)
     left.set(xlabel="chance that the router gave", ylabel="share that the target took", xlim=(0, 1), ylim=(0, 1))
-    for kind in result["times"]:
+    for mark, kind in zip(MARKS, result["times"], strict=False):
         own = [(1e3 * predicted, 1e3 * seconds) for whose, predicted, seconds in timed if whose == kind]
-        right.plot([row[0] for row in own], [row[1] for row in own], ".", markersize=3, label=f"{kind}, {len(own)} passes")
-    most = 1e3 * max(max(predicted, seconds) for _, predicted, seconds in timed)
-    right.plot([0, most], [0, most], color="#797979", linewidth=0.8)
-    right.set(xlabel="predicted, ms", ylabel="measured, ms")
+        right.plot([row[0] for row in own], [row[1] for row in own], mark, markersize=3, label=f"{kind}, {len(own)} passes")
+    ends = [1e3 * end(end(predicted, seconds) for _, predicted, seconds in timed) for end in (min, max)]
+    right.plot(ends, ends, color="#797979", linewidth=0.8)
+    right.set(xlabel="predicted, ms", ylabel="measured, ms", xscale="log", yscale="log")
     for axes in (left, right):
         axes.legend(fontsize="small")
     write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=120))

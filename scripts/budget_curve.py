@@ -39,6 +39,7 @@ from evaluation.timing import environment
 from scripts.benchmark_streaming import PLAIN, Contender, answer_in_turns, figures_of, imitated, loaded
 
 DEFAULT_METHODS = ("prompt_lookup", "cascade_tree", "nested_adaptive")
+MARKS = "osv^D<>"
 COLOURS = ("#797979", "#956cb4", "#4878d0", "#ee854a", "#6acc64", "#d65f5f", "#d5bb67")
 
 
@@ -154,12 +155,15 @@ def draw(records: Sequence[Record], labels: Sequence[str], path: Path) -> None:
     for place, label in enumerate(labels):
         found = [(record["budget_bytes"] / 1e6, record["methods"][label]) for record in records if label in record["methods"]]
         colour, budgets = COLOURS[place % len(COLOURS)], [budget for budget, _ in found]
-        axes.plot(budgets, [row["tokens_per_second"] for _, row in found], marker="o", color=colour, label=title_of(label))
+        speeds = [row["tokens_per_second"] for _, row in found]
+        axes.plot(budgets, speeds, marker=MARKS[place % len(MARKS)], color=colour, label=title_of(label))
         axes.plot(budgets, [row["bound_tokens_per_second"] for _, row in found], linestyle="--", linewidth=1, color=colour)
     axes.plot([], [], linestyle="--", linewidth=1, color="black", label="bounds: the link, or the arithmetic")
     axes.set_xlabel(f"memory budget of weights, MB (link of {rate_text(records[0]['bandwidth'])})")
     axes.set_ylabel("tokens per second")
     axes.set_yscale("log")
+    for write in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        write("{x:g}")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
