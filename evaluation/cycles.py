@@ -59,6 +59,8 @@ from evaluation.timing import environment
 TOLERANCE = 0.02
 WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 4
 SETTINGS = ".settings.json"
+SMALLEST_RING = 2
+"""In largest matrices: one that is read while one is used."""
 
 
 @dataclass(frozen=True)
@@ -244,25 +246,38 @@ def stands_of(comparison: Comparison) -> list[Stand]:
     """Those that fit; models of all of them stay loaded where the machine's memory has room for twice as much."""
     place, fitting = comparison.place, list[tuple[Entry, MemoryOptions | None]]()
     for entry in comparison.entries:
-        memory = place.memory(entry.method, comparison.positions)
         try:
-            check_room(place, entry.model)
-            if memory is not None and not streams(entry.model, entry.method, replace(memory, flash_bandwidth=None), comparison.args.dtype):
-                memory = replace(memory, flash_bandwidth=None)  # nothing passes over the link
+            fitting.append((entry, fitted(place, entry, comparison.positions, comparison.args.dtype)))
         except BudgetError as error:
             refused = {"settings": comparison.settings(entry), "refused": str(error)}
             write_json(comparison.cell(entry).with_suffix(SETTINGS), refused)
-        else:
-            fitting.append((entry, memory))
     each = place.budget_bytes or max((stored_bytes(entry.model.directory) for entry, _ in fitting), default=0)
     kept = 2 * each * len(fitting) < psutil.virtual_memory().available
     return [Stand(comparison, entry, memory, kept) for entry, memory in fitting]
 
 
-def check_room(place: Place, model: ChosenModel) -> None:
-    """Raise `BudgetError` where all weights shall be in memory and the machine has none for them."""
+def fitted(place: Place, entry: Entry, positions: int, dtype: str) -> MemoryOptions | None:
+    """The options of a load, None where everything is in memory; raises `BudgetError` where the method does not fit.
+
+    A ring that leaves no room for the method is made smaller, and a link over which nothing passes is not imitated.
+    """
+    memory = place.memory(entry.method, positions)
+    if memory is None:
+        check_room(entry.model)
+        return None
+    try:
+        streamed = streams(entry.model, entry.method, replace(memory, flash_bandwidth=None), dtype)
+    except BudgetError:
+        if place.ring_buffers <= SMALLEST_RING:
+            raise
+        return fitted(replace(place, ring_buffers=SMALLEST_RING), entry, positions, dtype)
+    return memory if streamed else replace(memory, flash_bandwidth=None)
+
+
+def check_room(model: ChosenModel) -> None:
+    """Raise `BudgetError` where the machine's memory does not hold all weights."""
     needed, available = stored_bytes(model.directory), psutil.virtual_memory().available
-    if place.budget_bytes is None and needed > available:
+    if needed > available:
         raise BudgetError(f"the weights take {amount(needed)} and {amount(available)} of memory are free; run it on a larger machine.")
 
 

@@ -36,6 +36,7 @@ class Request:
         adapters: places and exits, by role.
         method: a preset.
         budget: in bytes, of what `covers` says; None: everything is resident.
+        ring: in largest matrices; None: the usual one.
     """
 
     directory: str
@@ -47,6 +48,7 @@ class Request:
     prompt: int = 32
     new_tokens: int = 8
     threads: int = 1
+    ring: int | None = None
 
 
 def measured(request: Request) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def measured(request: Request) -> dict[str, Any]:
     _, method = parse_preset(request.method)
     positions = request.prompt + request.new_tokens
     covers = request.covers if request.budget is not None else "process"
-    memory = with_needs(cats.MemoryOptions(request.budget, covers, positions=positions), method)
+    memory = with_needs(cats.MemoryOptions(request.budget, covers, positions=positions, ring_buffers=request.ring), method)
     adapters = {role: (Path(place), exit_layer) for role, (place, exit_layer) in request.adapters.items()}
     model = cats.load(request.directory, adapters, request.dtype, memory=memory, plan=None)
     ledger, plan = model.base.source.ledger, model.base.source.plan

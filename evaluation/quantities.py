@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cats import CatsError, GenerationConfig, ModelText
+from cats import CatsError, GenerationConfig, MemoryOptions, ModelText
 from cats.cli.progress import live_bar
 from cats.errors import BudgetError
 from cats.methods import PRESETS, needs_of
@@ -31,7 +31,7 @@ from cats.text import Message
 from evaluation import acceptance_table, quality_curve
 from evaluation.acceptance_report import PLAIN
 from evaluation.chosen_model import ChosenModel, adapters_in, base_model, exit_of
-from evaluation.cycles import Comparison, Entry, Place, compare, read_cells, streams
+from evaluation.cycles import Comparison, Entry, Place, compare, fitted, read_cells
 from evaluation.eval import Asking
 from evaluation.memory_parts import Request, in_child
 from evaluation.options import ADAPTERS
@@ -134,15 +134,12 @@ class Run:
         found = spread_questions(read_questions(resolve_bench(CYCLE_BENCH).path), count)
         return [replace(question, turns=question.turns[:1]) for question in found]
 
-    def fits(self, entry: Entry, budget: int) -> bool:
-        """Whether a budget of weights holds a method."""
-        memory = Place(budget).memory(entry.method, self.work.turn_tokens)
-        assert memory is not None  # there is a budget
+    def memory(self, entry: Entry, budget: int) -> MemoryOptions | None:
+        """The options of a load under a budget of weights; None where it does not hold the method."""
         try:
-            streams(entry.model, entry.method, memory, self.args.dtype)
+            return fitted(Place(budget), entry, self.work.turn_tokens, self.args.dtype)
         except BudgetError:
-            return False
-        return True
+            return None
 
     @cached_property
     def deepest(self) -> dict[int, Exits | None]:
@@ -150,7 +147,7 @@ class Run:
         first = self.exits[0] if self.exits is not None else 0
         pairs = [(first, layer) for layer in sorted(self.adapters, reverse=True) if layer > first]
         entries = {exits: self.entry("cascade_chain", exits) for exits in pairs}
-        return {budget: next((exits for exits in pairs if self.fits(entries[exits], budget)), None) for budget in self.budgets}
+        return {budget: next((exits for exits in pairs if self.memory(entries[exits], budget)), None) for budget in self.budgets}
 
 
 def known_adapters(args: argparse.Namespace, brought: Mapping[str, Path]) -> tuple[dict[int, Path], Exits | None]:
@@ -226,9 +223,16 @@ def fill_memory(run: Run, labels: Sequence[str]) -> None:
     for label, budget in live_bar(wanted, desc="processes", unit="process", disable=not wanted):
         entry = run.entry(label)
         adapters = {role: [str(path.resolve()), layer] for role, (path, layer) in entry.model.adapters.items()}
-        request = Request(str(run.directory.resolve()), label, budget, adapters=adapters, dtype=run.args.dtype, threads=run.args.threads)
-        holds = budget is None or run.fits(entry, budget)
-        found = in_child(request) if holds else {"refused": f"{label} does not fit {budget} bytes of weights"}
+        memory = None if budget is None else run.memory(entry, budget)
+        request = Request(
+            *(str(run.directory.resolve()), label, budget),
+            adapters=adapters,
+            dtype=run.args.dtype,
+            threads=run.args.threads,
+            ring=None if memory is None else memory.ring_buffers,
+        )
+        fits = budget is None or memory is not None
+        found = in_child(request) if fits else {"refused": f"{label} does not fit {budget} bytes of weights"}
         append_record(records, {"method": label, "budget": budget, **found})
 
 
