@@ -21,8 +21,9 @@ from cats.files import write_atomically
 from evaluation.presets import title_of
 
 RESULTS = Path(__file__).with_name("results")
-PUBLISHED = [RESULTS / f"streaming_{link}.json" for link in ("disk", "500MBs", "100MBs")]
-NESTED = [RESULTS / f"nested_{link}.json" for link in ("disk", "100MBs")]
+LINKS = ("disk", "500MBs", "100MBs")
+PUBLISHED = [RESULTS / f"streaming_{link}.json" for link in LINKS]
+NESTED = [RESULTS / f"nested_{link}.json" for link in LINKS]
 PLAIN, DISK = "autoregressive", "this disk"
 TITLES = {"eagle_self_tree:total_tokens=40": "EAGLE-self tree, 40 nodes", "nested_lookup": "nested, prompt lookup first", "rest": "REST"}
 Figures = Mapping[str, Any]
