@@ -59,10 +59,15 @@ def matrices(tmp_path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def readers() -> set[threading.Thread]:
+    """The streamers' threads that run in this process, those of other tests' models among them."""
+    return {thread for thread in threading.enumerate() if thread.name == "weights-reader"}
+
+
 @pytest.fixture
 def open_streamer(tmp_path: Path) -> Iterator[Callable[..., Streamer]]:
     """Open a streamer on the checkpoint in the test's directory; closed when the test is over."""
-    opened = []
+    opened, before = [], readers()
 
     def build(ring: str = "two", read: Read | None = None, link: Link | None = None) -> Streamer:
         order = order_of(tmp_path)
@@ -72,7 +77,7 @@ def open_streamer(tmp_path: Path) -> Iterator[Callable[..., Streamer]]:
     yield build
     for streamer in opened:
         streamer.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "weights-reader"]
+    assert readers() <= before
 
 
 def take(streamer: Streamer, name: str) -> bytes:
@@ -457,10 +462,10 @@ def test_an_interrupt_ends_a_wait_and_the_streamer_goes_on(
 
 
 def test_a_forgotten_streamer_ends_its_reader(tmp_path: Path, matrices: dict[str, torch.Tensor]) -> None:
-    order = order_of(tmp_path)
+    order, before = order_of(tmp_path), readers()
     streamer = Streamer(order, smallest_ring(order), Link())
     run_pass(streamer, matrices)
-    (reader,) = [thread for thread in threading.enumerate() if thread.name == "weights-reader"]
+    (reader,) = readers() - before
     del streamer
     gc.collect()
     reader.join(PROMPT)
