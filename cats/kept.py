@@ -1,6 +1,7 @@
 """Caches that outlive an answer: of the next prompt, only what differs from the last text is read.
 
-Under a memory budget every 512 rows of a prompt cost a whole stream of the weights, so a conversation's next turn begins sooner.
+A conversation's next turn then begins sooner by the arithmetic of what it shares with the last text. Under a memory budget its prompt streams the
+weights once all the same.
 """
 
 import threading
