@@ -1,7 +1,7 @@
 """Caches that outlive an answer: of the next prompt, only what differs from the last text is read.
 
-A conversation's next turn then begins sooner by the arithmetic of what it shares with the last text. Under a memory budget its prompt streams the
-weights once all the same.
+A conversation's next turn then begins sooner by the arithmetic of what it shares with the last text. Under a memory budget its prompt
+streams the weights once all the same.
 """
 
 import threading
