@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.colour:
         from cats.writers import WRITERS
 
-        print(", ".join(f"{COLOURS.get(name, '')}{name}{PLAIN}: {meaning}" for name, meaning in WRITERS.items()))
+        print("written by: " + ", ".join(f"{COLOURS.get(name, '')}{name}{PLAIN}" for name in WRITERS))
     converse(Chat(model, method, arguments), line_reader())
 
 
