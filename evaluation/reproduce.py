@@ -238,7 +238,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--turns", type=int, help="questions for the time of cycles, on every wire (default: 4, 2 at 100 MB/s)")
     group.add_argument("--contexts", nargs="+", type=int, help="positions (default: 1024 4096 8192, as far as the model goes)")
     group.add_argument("--seed", type=int, default=0, help="of what is sampled (default: %(default)s)")
-    group.add_argument("--threads", type=int, default=1, help="CPU threads where seconds count (default: %(default)s)")
+    group.add_argument("--threads", type=int, help="CPU threads where seconds count (default: those of torch, every core)")
     group.add_argument("--quick", action="store_true", help="a few tokens of a few questions: all of it in minutes, as a trial")
     parser.add_argument(
         "--output", type=Path, help="folder of results and working files (default: runs/reproduce, with --quick runs/quick)"
@@ -253,6 +253,7 @@ def make_run(args: argparse.Namespace) -> Run:
     for name in ("questions", "max_new_tokens", "turns", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise CatsError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    args.threads = args.threads or torch.get_num_threads()
     args.budget_covers = "weights" if args.memory_budget is not None else None
     name, directory, adapters, exits = chosen_base(args)
     output = args.output or Path("runs/quick" if args.quick else "runs/reproduce")
@@ -367,8 +368,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, write, show."""
     args = parse(argv)
     names = list(EXPERIMENTS) if "all" in args.names else list(dict.fromkeys(args.names))
-    torch.set_num_threads(args.threads)
     run = make_run(args)
+    torch.set_num_threads(args.threads)
     possible = [EXPERIMENTS[name] for name in names if not EXPERIMENTS[name].needs or args.model_path is not None]
     budgets, wires = ", ".join(map(amount, run.budgets)), ", ".join(Place(0, wire.rate).wire for wire in run.wires)
     sys.stderr.write(f"{run.name}: budgets of {budgets}; {wires}; results in {run.output}\n")

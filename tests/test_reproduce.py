@@ -100,10 +100,10 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(eval, "ask", dying)
     with pytest.raises(SystemExit):
-        run(tmp_path, "figure1", "--turns", "2", *FEW)
-    run(tmp_path, "figure1", "--turns", "2", *FEW)
+        run(tmp_path, "figure1", "--turns", "2", "--threads", "1", *FEW)
+    run(tmp_path, "figure1", "--turns", "2", "--threads", "1", *FEW)
     assert len(asked) == 3 * 2 + 1
-    run(tmp_path, "figure1", "--turns", "2", *FEW)
+    run(tmp_path, "figure1", "--turns", "2", "--threads", "1", *FEW)
     assert len(asked) == 3 * 2 + 1
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -132,7 +132,7 @@ def test_memory_and_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert (record["tree"] > 0) == (method == "cascade_tree")
         assert (record["streamed"] > 0) == (budget is not None)
     rows = table(tmp_path, "memory", 6)
-    assert [row["weights"] for row in rows] == ["in memory", "in memory", "7.000 MB, this disk", "7.000 MB, this disk"]
+    assert [row["weights"] for row in rows] == ["in memory", "in memory", "7 MB, this disk", "7 MB, this disk"]
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("memory.png", "memory.pdf", "memory_context.png", "memory_context.pdf"))
 
 
@@ -215,4 +215,4 @@ def test_labels_and_sheets() -> None:
     assert "| x_y | 5 % |" in sheet.markdown()
     assert r"x\_y & 5 \% \\" in sheet.latex()
     assert r"\caption{A \& B. $\pm$ 1}" in sheet.latex()
-    assert Place(10**6, 5e6, False, 1).label == "1.000 MB, emulated 5.00 MB/s, ring of 1, not pinned"
+    assert Place(10**6, 5e6, False, 1).label == "1 MB, emulated 5.00 MB/s, ring of 1, not pinned"

@@ -464,7 +464,7 @@ def amount(nbytes: int) -> str:
     """Bytes as a reader wants them: GB (1e9), or smaller units where that says more."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if nbytes >= size:
-            return f"{nbytes / size:.3f} {unit}"
+            return f"{nbytes / size:.3f}".removesuffix(".000") + f" {unit}"
     return f"{nbytes} bytes"
 
 
