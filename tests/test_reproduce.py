@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +155,17 @@ def test_steps_ablations_and_quality(tmp_path: Path, monkeypatch: pytest.MonkeyP
     places = {row["place"].partition(", ")[2] for row in table(tmp_path, "ablations", 1)}
     assert places == {"this disk", "this disk, ring of 1", "this disk, not pinned"}
     assert (tmp_path / "figure5.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_script_makes_everything_of_the_test_model(tmp_path: Path) -> None:
+    """What `--quick` is for: the whole of it, every method, one command."""
+    command = [sys.executable, "-m", "evaluation.reproduce", "all", "--quick"]
+    given = ["--model-path", str(TINY), "--adapters", str(ADAPTERS), "--output", str(tmp_path)]
+    done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all((tmp_path / f"{name}.{suffix}").stat().st_size > 0 for name in EXPERIMENTS for suffix in ("md", "tex", "json"))
+    assert len([row for row in table(tmp_path, "table1") if row["same text as plain"] == "5 of 5"]) == 8
 
 
 def test_the_table_of_larger_models_says_what_it_needs(
