@@ -69,9 +69,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         return _configuration(name)
-    found = getattr(importlib.import_module(f"cats.{_MODULE_OF[name]}"), name)
-    globals()[name] = found
-    return found
+    value = getattr(importlib.import_module(f"cats.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def _configuration(name: str) -> Any:

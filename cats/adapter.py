@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from cats.adapter_card import card_of
 from cats.calibration import AS_IS, CALIBRATION_FILE, Calibration, calibration_in, save_calibration
 from cats.checkpoint import CONFIG_FAULTS, load_strictly, tensor_forms
-from cats.dtypes import held_dtype, is_exact, narrowest
+from cats.dtypes import is_exact, narrowest, weight_dtype
 from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.hub import locate, publish
@@ -114,7 +114,7 @@ class AdapterModel(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights, as held."""
+        """Bytes of the weights, as resident."""
         return sum(weight.nbytes for weight in self.parameters())
 
     def bytes_in(self, dtype: torch.dtype) -> int:
@@ -126,7 +126,7 @@ class AdapterModel(nn.Module):
         return dtype if weight.dim() == 1 or not is_exact(weight.dtype, dtype) else weight.dtype
 
     def compute_in(self, dtype: torch.dtype, work: WorkSpace) -> None:
-        """Make the arithmetic `dtype`, as the base's is; matrices stay as held, unless `dtype` would round them in every product."""
+        """Make the arithmetic `dtype`, as the base's is; matrices stay as they are, unless `dtype` would round them in every product."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self._resting(parameter, dtype))
         replace_projections(self, work)
@@ -196,7 +196,7 @@ class AdapterModel(nn.Module):
         configuration, if any.
 
         Args:
-            dtype: that the weights are held in (cats/dtypes.py).
+            dtype: of the weights in memory (cats/dtypes.py).
             sparing: leave matrices as they are stored where that takes less memory and has the same values.
         """
         directory = locate(directory)
@@ -213,10 +213,10 @@ class AdapterModel(nn.Module):
             adapter = cls(config, exit_layer)
         adapter.calibration = calibration_in(directory)
         forms = tensor_forms(directory)
-        held = held_dtype(dtype, config, forms)
+        weights = weight_dtype(dtype, config, forms)
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
-            resting = narrowest(tensor.dtype, held) if sparing and tensor.dim() == 2 else held
+            resting = narrowest(tensor.dtype, weights) if sparing and tensor.dim() == 2 else weights
             return tensor.to(device=device, dtype=resting, copy=True)
 
         load_strictly(adapter, directory, forms, f"the adapter in {directory}", place)

@@ -94,8 +94,8 @@ class CatsModel(MultiAdapterCATSModel):
         """
         text, config = self.text, GenerationConfig(**generation)  # type: ignore[arg-type]
         ids, chosen = text.prompt_ids(messages), chosen_method(self, method)
-        found = engine.generate(self, ids, chosen, config, stop=text.stop(stop), on_step=on_step, kept=kept)
-        return Answer(found.ids, found.finish, found.traces, text.answer)
+        generated = engine.generate(self, ids, chosen, config, stop=text.stop(stop), on_step=on_step, kept=kept)
+        return Answer(generated.ids, generated.finish, generated.traces, text.answer)
 
 
 def load(
@@ -115,9 +115,9 @@ def load(
     Args:
         adapters: `{"draft": place, "shallow": place}`; a place is a directory, a hub id, or one of them with its exit layer. Of a list of
             places the planner takes one; where nothing is planned, it is the first.
-        dtype: that weights are held in; "auto" is what config.json names. "float32" holds half precision upcast: twice the memory, the
+        dtype: of the weights in memory; "auto" is what config.json names. "float32" holds half precision upcast: twice the memory, the
             same text; on a CPU faster only where nothing is compiled (cats/kernels).
-        memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything.
+        memory: a budget for what is resident; what does not fit is streamed from the checkpoint. None holds everything.
         template: name of a chat template, or the path of a `.jinja` file; None: see `cats.text`.
         compute_dtype: of the arithmetic; "auto" is float32 on a CPU, elsewhere `dtype`. It must hold every value of `dtype`.
         plan: under a memory budget, choose the method, and with it adapters, ring and tree, by what is predicted to make most tokens per
@@ -129,7 +129,7 @@ def load(
     """
     directory = locate(path_or_hub_id)
     candidates = {name: located(place) for name, place in (adapters or {}).items()}
-    places = {name: found[0] for name, found in candidates.items()}
+    places = {name: offered[0] for name, offered in candidates.items()}
     planned = None
     if method is not None:
         method = configuration(method)
@@ -224,7 +224,7 @@ def generate(
     kept: KeptCaches | None = None,
 ) -> Answer:
     """Continue text or token ids; see `stream` and `cats.engine.generate`."""
-    found = engine.generate(
+    generated = engine.generate(
         model,
         ids_of(model, prompt),
         chosen_method(model, method),
@@ -235,5 +235,5 @@ def generate(
         on_step=on_step,
         kept=kept,
     )
-    fields = {item.name: getattr(found, item.name) for item in dataclasses.fields(found)}
+    fields = {item.name: getattr(generated, item.name) for item in dataclasses.fields(generated)}
     return Answer(**fields, decode=lambda ids: text_of(model).decode(ids))

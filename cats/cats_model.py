@@ -12,9 +12,9 @@ from cats.adapter import AdapterModel
 from cats.config import MemoryOptions
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from cats.errors import CatsError
-from cats.held import Held
 from cats.loading import load_base
 from cats.planning.plan import BY_METHODS
+from cats.resources import Resources
 from cats.runtime.budget import give_back_freed_memory, interpreter_bytes
 
 
@@ -24,7 +24,7 @@ class MultiAdapterCATSModel(nn.Module):
     Attributes:
         base: the target model.
         adapters: name -> adapter; "draft" and "shallow" are the names that the methods ask for.
-        held: what methods keep with the model.
+        resources: what methods keep with the model.
         end_token_ids: the tokens that end an answer; None where the model does not know.
     """
 
@@ -34,7 +34,7 @@ class MultiAdapterCATSModel(nn.Module):
         super().__init__()
         self.base = base
         self.adapters: dict[str, AdapterModel] = {}
-        self.held = Held(base.source.ledger.holder(BY_METHODS))
+        self.resources = Resources(base.source.ledger.holder(BY_METHODS))
 
     @classmethod
     def from_pretrained(
@@ -49,11 +49,11 @@ class MultiAdapterCATSModel(nn.Module):
         """Load a base checkpoint and adapters `{name: (directory, exit layer or None)}` on one device.
 
         Args:
-            dtype: that weights are held in; "auto" is what each `config.json` names, else what most of the layers are stored in. On a CPU
+            dtype: of the weights in memory; "auto" is what each `config.json` names, else what most of the layers are stored in. On a CPU
                 "float32" holds half-precision checkpoints upcast: twice the memory, the same text; faster only where nothing is compiled.
                 Under `memory`, weights lie in memory as stored where `dtype` has the same values, and rounded to `dtype` where it has not.
-            memory: a budget for what is held; what does not fit is streamed from the checkpoint. None holds everything.
-            compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU (float64 where that is held), elsewhere `dtype`.
+            memory: a budget for what is resident; what does not fit is streamed from the checkpoint. None holds everything.
+            compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU (float64 where weights are that), elsewhere `dtype`.
         """
         if memory is not None and memory.budget_bytes is not None and memory.covers == "process":
             give_back_freed_memory()
@@ -80,7 +80,7 @@ class MultiAdapterCATSModel(nn.Module):
 
     def close(self) -> None:
         """Close what methods hold and end the stream of weights; a model whose layers are streamed cannot decode afterwards."""
-        self.held.close()
+        self.resources.close()
         self.base.source.close()
 
     def add_adapter(self, name: str, adapter: AdapterModel, what: str = "the adapter") -> None:

@@ -154,8 +154,8 @@ def tensor_forms(directory: str | Path) -> dict[str, TensorForm]:
     """Tensor name -> dtype and shape as stored; safetensors are not read for it, pickles shard by shard."""
     forms: dict[str, TensorForm] = {}
     for path in weight_files(directory):
-        found: Mapping[str, Any] = _places_in(path) if path.suffix == ".safetensors" else read_pickle(path)
-        forms |= {name: TensorForm(entry.dtype, tuple(entry.shape)) for name, entry in found.items()}
+        entries: Mapping[str, Any] = _places_in(path) if path.suffix == ".safetensors" else read_pickle(path)
+        forms |= {name: TensorForm(entry.dtype, tuple(entry.shape)) for name, entry in entries.items()}
     return forms
 
 
@@ -219,14 +219,14 @@ def _damaged(path: Path, fault: str) -> CatsError:
 
 
 def check_tensors(
-    wanted: Mapping[str, torch.Size], found: Mapping[str, Sequence[int]], what: str, ignored: Iterable[str] = ()
+    wanted: Mapping[str, torch.Size], shapes: Mapping[str, Sequence[int]], what: str, ignored: Iterable[str] = ()
 ) -> list[str]:
-    """The names of `found` that a module with the parameters `wanted` takes; any missing, extra or mis-shaped one raises, naming the first.
+    """The names of `shapes` that a module with the parameters `wanted` takes; the first missing, extra or mis-shaped one raises.
 
     Args:
         ignored: suffixes of names that old checkpoints store and nobody needs.
     """
-    names = [name for name in found if not name.endswith(tuple(ignored))]
+    names = [name for name in shapes if not name.endswith(tuple(ignored))]
     missing, extra = sorted(wanted.keys() - set(names)), sorted(set(names) - wanted.keys())
     if missing:
         raise CatsError(
@@ -235,8 +235,8 @@ def check_tensors(
     if extra:
         raise CatsError(f"{what} has a tensor {extra[0]} that the architecture does not know ({len(extra)} extra in all).")
     for name in names:
-        if tuple(found[name]) != tuple(wanted[name]):
-            raise CatsError(f"{what}: {name} has shape {list(found[name])}, but the configuration asks for {list(wanted[name])}.")
+        if tuple(shapes[name]) != tuple(wanted[name]):
+            raise CatsError(f"{what}: {name} has shape {list(shapes[name])}, but the configuration asks for {list(wanted[name])}.")
     return names
 
 
@@ -258,9 +258,9 @@ def load_strictly(
         tied: parameter -> the one whose tensor it shares.
     """
     tied = tied or {}
-    found = {name: form.shape for name, form in forms.items()}
-    found |= {name: found[other] for name, other in tied.items() if other in found}
-    names = set(check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, found, what, UNUSED_ENTRIES))
+    shapes = {name: form.shape for name, form in forms.items()}
+    shapes |= {name: shapes[other] for name, other in tied.items() if other in shapes}
+    names = set(check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, shapes, what, UNUSED_ENTRIES))
     for name, tensor in each_tensor(directory, lambda name: name in names and name not in tied):
         owner, _, parameter = name.rpartition(".")
         setattr(module.get_submodule(owner), parameter, nn.Parameter(place(tensor), requires_grad=False))

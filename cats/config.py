@@ -120,7 +120,7 @@ class MemoryOptions:
         positions: prompt and answer together, at most.
         nodes: nodes of a tree, root included, at most; a planned load grants what its method grows.
         views: other forms of the model that the method drafts with; what they multiply by is resident.
-        held_bytes: of what the methods to be run keep with the model (`cats.methods.base.Needs`).
+        method_bytes: of what the methods to be run keep resident with the model (`cats.methods.base.Needs`).
         coarse: a coarse copy of the layers' matrices that is made when they are loaded, and that `View(precision="coarse")` drafts with:
             "int8", eight bits a weight and one scale a row. None: none; nested checkpoints bring their own.
         device_bytes: what may be taken of a CUDA device's own memory; `budget_bytes` then counts the host's. None: one memory for all.
@@ -135,7 +135,7 @@ class MemoryOptions:
     nodes: int = 1
     views: tuple[View, ...] = ()
     device_bytes: int | None = None
-    held_bytes: int = 0
+    method_bytes: int = 0
     coarse: str | None = None
 
     def __post_init__(self) -> None:

@@ -96,8 +96,8 @@ class Datastore:
 
         def beginning(place: int) -> list[int]:
             begin = int(place)
-            found: list[int] = tokens_N[begin : begin + len(wanted)].tolist()
-            return found
+            tokens: list[int] = tokens_N[begin : begin + len(wanted)].tolist()
+            return tokens
 
         low = bisect_left(self.suffixes_M, wanted, key=beginning)
         return low, bisect_right(self.suffixes_M, wanted, lo=low, key=beginning)
@@ -107,15 +107,15 @@ class Datastore:
 
         Where a phrase stands, its end stands too, so the length is found by halving. (0, 0, 0) where not even the shortest stands.
         """
-        found, low, high = (0, 0, 0), shortest, min(longest, len(text))
+        match, low, high = (0, 0, 0), shortest, min(longest, len(text))
         while low <= high:
             length = (low + high + 1) // 2
             begin, end = self.find(text[-length:])
             if begin < end:
-                found, low = (length, begin, end), length + 1
+                match, low = (length, begin, end), length + 1
             else:
                 high = length - 1
-        return found
+        return match
 
     def continuations(self, match: tuple[int, int, int], length: int, nodes: int, most: int) -> list[Continuation]:
         """What follows on a match of `longest_match`, as a trie: its `nodes` commonest nodes, a parent in front of its children.
@@ -152,12 +152,12 @@ def commonest(rows_PC: np.ndarray, nodes: int) -> list[Continuation]:
     chosen = np.lexsort((row, depth, -size))[:nodes]
     stretch_PC = begins_PC.cumsum(axis=0)
     place: dict[tuple[int, int], int] = {}
-    found: list[Continuation] = []
+    trie: list[Continuation] = []
     for row_, depth_, size_ in zip(row[chosen].tolist(), depth[chosen].tolist(), size[chosen].tolist(), strict=True):
         parent = place[depth_ - 1, int(stretch_PC[row_, depth_ - 1])] if depth_ else -1
-        place[depth_, int(stretch_PC[row_, depth_])] = len(found)
-        found.append(Continuation(parent, int(rows_PC[row_, depth_]), size_))
-    return found
+        place[depth_, int(stretch_PC[row_, depth_])] = len(trie)
+        trie.append(Continuation(parent, int(rows_PC[row_, depth_]), size_))
+    return trie
 
 
 def sorted_suffixes(tokens_N: np.ndarray, report: Report = lambda what: None) -> np.ndarray:

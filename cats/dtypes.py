@@ -1,8 +1,8 @@
-"""Two words for the numbers of a model: what its weights are *held* in, and what is *computed* in.
+"""Two dtypes of a model: the *weight dtype*, that of its weights in memory, and the *compute dtype*, that of its arithmetic.
 
 One rule for every place that a weight can be in (resident, under a memory plan, streamed) and for base and adapters alike:
-a value is rounded to the held dtype, where the stored one has others, and is then upcast to the compute dtype, which holds every
-value of the held one. So a checkpoint gives the same logits wherever its weights lie, a mixed checkpoint too.
+a value is rounded to the weight dtype, where the stored one has others, and is then upcast to the compute dtype, which holds every
+value of the weight dtype. So a checkpoint gives the same logits wherever its weights lie, a mixed checkpoint too.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ class Stored(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def held_dtype(asked: str, config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
-    """The dtype that weights are held in.
+def weight_dtype(asked: str, config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
+    """The dtype of weights in memory.
 
     Args:
         asked: a name, or "auto": what the configuration names, or else what most numbers of the layers are stored in.
@@ -48,21 +48,22 @@ def held_dtype(asked: str, config: Any, stored: Mapping[str, Stored]) -> torch.d
     return max(numbers, key=lambda dtype: (numbers[dtype], dtype.itemsize), default=torch.float32)
 
 
-def compute_dtype(asked: str, held: torch.dtype, device: torch.device) -> torch.dtype:
+def compute_dtype(asked: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of arithmetic, states and caches.
 
     Args:
-        asked: a name, or "auto": on a CPU float32 (float64 where that is held), elsewhere the held dtype.
+        asked: a name, or "auto": on a CPU float32 (float64 where weights are that), elsewhere the weight dtype.
+        weights: the weight dtype.
 
     Raises:
-        CatsError: it would round the values that are held.
+        CatsError: it would round values of the weights.
     """
     if asked == "auto":
-        return torch.float32 if device.type == "cpu" and is_exact(held, torch.float32) else held
+        return torch.float32 if device.type == "cpu" and is_exact(weights, torch.float32) else weights
     chosen = parse_dtype(asked)
-    if not is_exact(held, chosen):
-        short = str(held).removeprefix("torch.")
-        raise CatsError(f"the compute dtype {asked} would round weights held in {short}; hold them in {asked} too, or compute in {short}.")
+    if not is_exact(weights, chosen):
+        short = str(weights).removeprefix("torch.")
+        raise CatsError(f"the compute dtype {asked} would round weights of {short}; load them in {asked} too, or compute in {short}.")
     return chosen
 
 
@@ -76,11 +77,11 @@ def is_exact(source: torch.dtype, target: torch.dtype) -> bool:
     return wide.eps <= narrow.eps and wide.max >= narrow.max and wide.tiny * wide.eps <= narrow.tiny * narrow.eps
 
 
-def narrowest(stored: torch.dtype, held: torch.dtype) -> torch.dtype:
-    """Of the two, the one that takes less memory and still gives the held values: the stored one where upcasting it is exact."""
-    return stored if is_exact(stored, held) else held
+def narrowest(stored: torch.dtype, weights: torch.dtype) -> torch.dtype:
+    """Of the two, the one that takes less memory and has the values of the weight dtype: the stored one where upcasting it is exact."""
+    return stored if is_exact(stored, weights) else weights
 
 
-def rounded(weight: torch.Tensor, held: torch.dtype | None) -> torch.Tensor:
-    """`weight` itself where `held` (None: any dtype) holds all its values, else a rounded copy."""
-    return weight if held is None or is_exact(weight.dtype, held) else weight.to(held)
+def rounded(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """`weight` itself where `dtype` (None: any) holds all its values, else a rounded copy."""
+    return weight if dtype is None or is_exact(weight.dtype, dtype) else weight.to(dtype)

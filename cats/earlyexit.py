@@ -43,9 +43,9 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         embed_tokens: token ids [..] -> states [.., D].
         lm_head: hidden states [.., D] -> logits [.., V]; shared by every adapter.
         dtype: of the arithmetic, states and caches (the compute dtype of cats/dtypes.py).
-        held_dtype: that the weights' values are rounded to; `dtype` holds every one of them.
+        weight_dtype: that the weights' values are rounded to; `dtype` has every one of them.
         source: where the weights come from, and what that has cost.
-        work: where projections widen weights, those of the adapters too.
+        work: where projections upcast weights, those of the adapters too.
         turns: one step at a time, since steps share work space, ring and tables.
     """
 
@@ -60,7 +60,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         source: Store | None = None,
         work: WorkSpace | None = None,
-        held_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.config = config
@@ -70,7 +70,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         self.layer_count, self.context = len(decoder.layers), usable_context(config)
         self.source = source or Store()
         self.dtype: torch.dtype = dtype or causal_lm.lm_head.weight.dtype
-        self.held_dtype: torch.dtype = held_dtype or self.dtype
+        self.weight_dtype: torch.dtype = weight_dtype or self.dtype
         self.work = work or WorkSpace()
         self.turns = Turns(self.source.one_answer)
         with torch.device("cpu"):
@@ -101,7 +101,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         """Load a checkpoint directory, strictly; nothing is initialised at random. Raises `CatsError` on any fault.
 
         Args:
-            dtype: that the weights are held in. "auto" takes no more memory than the checkpoint is made for: half precision stays so, and
+            dtype: of the weights in memory. "auto" takes no more memory than the checkpoint is made for: half precision stays so, and
                 is upcast in every product. "float32" holds an upcast copy: twice the memory, the same text; faster only where nothing is
                 compiled.
             compute_dtype: of arithmetic, states and caches; "auto" is float32 on a CPU, so that nothing is rounded, elsewhere `dtype`.

@@ -31,13 +31,13 @@ class EmbeddingRows(nn.Module):
     """A table on the disk, of which memory holds one row at a time.
 
     Args:
-        held: the dtype that values are rounded to.
+        dtype: that values are rounded to.
         compute: of the states.
     """
 
-    def __init__(self, place: TensorPlace, store: Store, held: torch.dtype, compute: torch.dtype):
+    def __init__(self, place: TensorPlace, store: Store, dtype: torch.dtype, compute: torch.dtype):
         super().__init__()
-        self._place, self._store, self._held, self._compute = place, store, held, compute
+        self._place, self._store, self._dtype, self._compute = place, store, dtype, compute
         self._row_bytes = place.nbytes // place.shape[0]
         self._arena = Arena(self._row_bytes + 2 * PAGE_BYTES)
 
@@ -55,4 +55,4 @@ class EmbeddingRows(nn.Module):
         needed = row.offset + row.nbytes - start
         self._store.file(row.path).read_into(self._arena.view[:length], start, needed, ROW)
         self._store.row_bytes += length
-        return rounded(tensor_in_window(self._arena, 0, row), self._held).to(self._compute, copy=True)
+        return rounded(tensor_in_window(self._arena, 0, row), self._dtype).to(self._compute, copy=True)

@@ -1,4 +1,4 @@
-"""The model families that the engine runs: one row each, with the facts that it relies on and why they hold.
+"""The model families that the engine runs: one row each, with the properties that it relies on and why they hold.
 
 A row describes a decoder layer of transformers' own (its matrices in the order of use, its small tensors) and what bounds the
 positions at which plain causal attention is exact. What no row covers is refused in one sentence. How to add a row: docs/models.md.

@@ -34,7 +34,7 @@ class KeptCaches:
 
     @property
     def tokens(self) -> list[int]:
-        """The text whose keys and values are held; none while an answer uses them."""
+        """The text whose keys and values are cached; none while an answer uses them."""
         return [] if self._state is None else self._state.tokens[: self._state.cache.length]
 
     def close(self) -> None:

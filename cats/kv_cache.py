@@ -44,7 +44,7 @@ class KVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, whether used or not."""
+        """Bytes allocated, whether used or not."""
         return self.storage.nbytes
 
     def grow(self, capacity: int) -> None:

@@ -29,7 +29,7 @@ HALF_UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx5
 """What a CPU must have for products of many rows in a half precision to be fast, as torch names it."""
 OLDER_PROBES = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), torch.float16: ("_is_amx_fp16_supported",)}
 """The same, of torch versions that have no list of capabilities."""
-WORTH_WIDENING = 4
+WORTH_UPCASTING = 4
 """From so many rows on, products in float32 of upcast weights are faster than half-precision ones of a CPU without units for them."""
 FEW_ROWS = 12
 
@@ -53,7 +53,7 @@ class WorkSpace:
     """Where blocks of weights are upcast; one for a model, used by one step at a time (cats/turns.py).
 
     Args:
-        charge: told of the bytes that are about to be held more.
+        charge: told of the bytes by which it is about to grow.
     """
 
     def __init__(self, charge: Callable[[int], object] = int) -> None:
@@ -61,7 +61,7 @@ class WorkSpace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes allocated."""
         return self._numbers.nbytes
 
     def upcast(self, block_RK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -121,7 +121,7 @@ def product(x: torch.Tensor, rows: Rows, shape: torch.Size, bias: torch.Tensor |
         return kernels.product(x, rows(0, shape[0]), bias)
     if x.dtype in HALVES:
         weight_RK = rows(0, shape[0]).to(x.dtype)  # rounded before it is upcast, as a resident weight is when it is loaded
-        if x.dtype in FAST_HALVES or x.numel() < WORTH_WIDENING * x.shape[-1]:
+        if x.dtype in FAST_HALVES or x.numel() < WORTH_UPCASTING * x.shape[-1]:
             return functional.linear(x, weight_RK, bias)
         wide = project(x.float(), weight_RK, None, work).to(x.dtype)
         return wide if bias is None else wide + bias
@@ -159,13 +159,13 @@ def ready(block_RK: torch.Tensor, dtype: torch.dtype, work: WorkSpace) -> torch.
     return block_RK if fits else work.upcast(block_RK, dtype)
 
 
-def work_bytes(numbers: int, stored: Iterable[torch.dtype], held: torch.dtype, compute: torch.dtype) -> int:
+def work_bytes(numbers: int, stored: Iterable[torch.dtype], weights: torch.dtype, compute: torch.dtype) -> int:
     """Bytes that products take on a CPU beside weights of up to `numbers`: upcast blocks; a whole copy where weights are rounded first."""
     blocks = min(BLOCK, numbers) * max(compute.itemsize, torch.float32.itemsize)
     if compute in HALVES:
         return blocks + (numbers * compute.itemsize if set(stored) - {compute} else 0)
-    rounds = any(not is_exact(dtype, held) for dtype in stored)
-    return blocks + (numbers * held.itemsize if rounds else 0)
+    rounds = any(not is_exact(dtype, weights) for dtype in stored)
+    return blocks + (numbers * weights.itemsize if rounds else 0)
 
 
 def replace_projections(module: nn.Module, work: WorkSpace) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from cats.adapter import AdapterModel
 from cats.checkpoint import UNUSED_ENTRIES, TensorForm, TensorPlace, check_tensors, each_tensor, locate_tensors, tensor_forms
 from cats.config import MemoryOptions
-from cats.dtypes import compute_dtype, held_dtype, narrowest
+from cats.dtypes import compute_dtype, narrowest, weight_dtype
 from cats.earlyexit import EarlyExitLlamaForCausalLM, read_config
 from cats.embedding import Embedding, EmbeddingRows
 from cats.errors import CatsError
@@ -40,7 +40,7 @@ class Checkpoint:
         pieces: of the layers, in the order of the exact pass, with their names on disk (those that are made have names too).
         shapes: [R, K] of the layers' matrices, by their path.
         weight: the kind of the layers' matrices.
-        held, compute: see cats/dtypes.py.
+        dtype, compute: of weights and of arithmetic, see cats/dtypes.py.
     """
 
     directory: Path
@@ -49,7 +49,7 @@ class Checkpoint:
     pieces: Mapping[Piece, str]
     shapes: Mapping[str, torch.Size]
     weight: Weight
-    held: torch.dtype
+    dtype: torch.dtype
     compute: torch.dtype
 
     @property
@@ -59,7 +59,7 @@ class Checkpoint:
 
     def resting(self, name: str) -> torch.dtype:
         """The dtype in which the head or the table is resident."""
-        return narrowest(self.forms[name].dtype, self.held) if self.weight.sparing else self.held
+        return narrowest(self.forms[name].dtype, self.dtype) if self.weight.sparing else self.dtype
 
 
 def load_base(
@@ -74,7 +74,7 @@ def load_base(
     """Load a checkpoint, strictly; raises `CatsError` before anything large is read where it is damaged or cannot fit.
 
     Args:
-        dtype, compute: held and compute dtype, by name or "auto".
+        dtype, compute: weight dtype and compute dtype, by name or "auto".
         memory: None: everything is resident, half precision upcast where `dtype` says so.
         adapters: those that will be attached; the layers below the latest of their exits stay resident, since drafting and shallow
             verification run on them.
@@ -105,7 +105,7 @@ def load_first_layers(checkpoint: Checkpoint, count: int, device: torch.device, 
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:count]
     causal_lm = without_weights(config)
-    dtypes = (str(checkpoint.held).removeprefix("torch."), str(checkpoint.compute).removeprefix("torch."))
+    dtypes = (str(checkpoint.dtype).removeprefix("torch."), str(checkpoint.compute).removeprefix("torch."))
     first = look_at(checkpoint.directory, config, causal_lm, dtypes, device, True, coarse, cut=True)
     table = device.type == "cuda"
     asked = MemoryOptions(views=(COARSE,) if has_coarse(config, coarse) else (), coarse=coarse)
@@ -119,7 +119,7 @@ def filled(causal_lm: Any, checkpoint: Checkpoint, store: Store, directly: bool,
     work = WorkSpace(store.ledger.holder("work space"))
     replace_projections(causal_lm, work)
     fill(causal_lm, checkpoint, store, directly, table)
-    base = EarlyExitLlamaForCausalLM(causal_lm, checkpoint.config, checkpoint.compute, store, work, checkpoint.held).eval()
+    base = EarlyExitLlamaForCausalLM(causal_lm, checkpoint.config, checkpoint.compute, store, work, checkpoint.dtype).eval()
     base.compile()
     return base
 
@@ -153,13 +153,13 @@ def look_at(
     cut: bool = False,
 ) -> Checkpoint:
     """The checkpoint, its tensors checked against those that the model takes; `cut`: of the configuration's layers alone."""
-    found: dict[str, Form] = dict(locate_tensors(directory) if sparing else tensor_forms(directory))
+    forms: dict[str, Form] = dict(locate_tensors(directory) if sparing else tensor_forms(directory))
     if cut:
-        found = {name: form for name, form in found.items() if layer_of(name) < config.num_hidden_layers}
-    held = held_dtype(dtypes[0], config, found)
-    weight = weight_of(config, directory, held, sparing, coarse)
-    if config.tie_word_embeddings and EMBEDDING in found:
-        found[HEAD] = found[EMBEDDING]
+        forms = {name: form for name, form in forms.items() if layer_of(name) < config.num_hidden_layers}
+    dtype = weight_dtype(dtypes[0], config, forms)
+    weight = weight_of(config, directory, dtype, sparing, coarse)
+    if config.tie_word_embeddings and EMBEDDING in forms:
+        forms[HEAD] = forms[EMBEDDING]
     wanted = {name: tensor.shape for name, tensor in causal_lm.state_dict().items()}
     pieces: dict[Piece, str] = {}
     matrices: dict[str, torch.Size] = {}
@@ -169,17 +169,17 @@ def look_at(
             shape = matrices[path] = wanted.pop(f"{path}.weight")
             for part in weight.parts:
                 name = weight.stored_as(part, path)
-                form = found.get(name, TensorForm(torch.uint8, ()))
+                form = forms.get(name, TensorForm(torch.uint8, ()))
                 part_shape = weight.shape(part, shape, form.shape)
                 if part in weight.made:
                     form = TensorForm(weight.made[part], part_shape)
                 else:
                     wanted[name] = part_shape
                 pieces[piece_of(layer, matrix, part, form, weight)] = name
-    shapes = {name: form.shape for name, form in found.items()}
+    shapes = {name: form.shape for name, form in forms.items()}
     names = check_tensors(wanted, shapes, f"the checkpoint in {directory}", (*UNUSED_ENTRIES, *weight.unused))
-    compute = compute_dtype(dtypes[1], held, device)
-    return Checkpoint(directory, config, {name: found[name] for name in names}, pieces, matrices, weight, held, compute)
+    compute = compute_dtype(dtypes[1], dtype, device)
+    return Checkpoint(directory, config, {name: forms[name] for name in names}, pieces, matrices, weight, dtype, compute)
 
 
 def layer_of(name: str) -> int:
@@ -191,9 +191,9 @@ def layer_of(name: str) -> int:
 def piece_of(layer: int, matrix: str, part: str, form: Form, weight: Weight) -> Piece:
     """A part of a matrix as the plan sees it."""
     count = torch.Size(form.shape).numel()
-    nbytes, held = count * form.dtype.itemsize, count * weight.resting(part, form.dtype).itemsize
+    nbytes, resident_bytes = count * form.dtype.itemsize, count * weight.resting(part, form.dtype).itemsize
     stands_for = weight.stands_for.get(part, frozenset())
-    return Piece(layer, matrix, nbytes, held, part, frozenset(weight.parts[part]), part in weight.always, stands_for)
+    return Piece(layer, matrix, nbytes, resident_bytes, part, frozenset(weight.parts[part]), part in weight.always, stands_for)
 
 
 def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[AdapterModel], interpreter: int, table: bool) -> Demand:
@@ -210,7 +210,7 @@ def demand_of(memory: MemoryOptions, checkpoint: Checkpoint, adapters: Sequence[
         compute_itemsize=checkpoint.compute.itemsize,
         interpreter_bytes=interpreter,
         views=tuple(dict.fromkeys(views if memory.coarse is None else (*views, COARSE))),
-        held_bytes=memory.held_bytes,
+        method_bytes=memory.method_bytes,
         table=table and not checkpoint.tied,
     )
 
@@ -240,7 +240,7 @@ def sizes_of_checkpoint(checkpoint: Checkpoint, adapters: Sequence[AdapterModel]
         other_layer_bytes=sum(numbers(form) * compute.itemsize for form in small),
         lm_head_bytes=numbers(forms[HEAD]) * checkpoint.resting(HEAD).itemsize,
         adapter_bytes=-(-sum(adapter.bytes_in(compute) for adapter in adapters) // max(1, len(adapters))),
-        widen_bytes=work_bytes(largest, dtypes, checkpoint.held, compute) + scratch,
+        work_bytes=work_bytes(largest, dtypes, checkpoint.dtype, compute) + scratch,
         rotary_numbers=usable_context(config) * head_dim(config),
         stored=tuple(checkpoint.pieces),
         table_bytes=numbers(forms[EMBEDDING]) * checkpoint.resting(EMBEDDING).itemsize,
@@ -278,19 +278,19 @@ def fill(causal_lm: Any, checkpoint: Checkpoint, store: Store, directly: bool, t
             grant = "embedding table" if name == EMBEDDING and not checkpoint.tied else "lm_head"
             assign(causal_lm, name, store.place(tensor, checkpoint.resting(name), grant, copy=not directly))
         else:
-            assign(causal_lm, name, store.place(tensor.to(checkpoint.held), checkpoint.compute, "norms and biases", copy=True))
+            assign(causal_lm, name, store.place(tensor.to(checkpoint.dtype), checkpoint.compute, "norms and biases", copy=True))
     set_table(causal_lm, checkpoint, store, table)
     open_projections(causal_lm, checkpoint, store)
 
 
 def made_of(checkpoint: Checkpoint, plan: MemoryPlan) -> dict[str, list[Piece]]:
     """Pieces that the plan holds and no file has, by the name of the tensor that they are made of."""
-    found: dict[str, list[Piece]] = {}
+    sources: dict[str, list[Piece]] = {}
     for piece in checkpoint.pieces:
         if piece.part in checkpoint.weight.made and piece in plan.pinned:
             name = checkpoint.weight.stored_as("exact", f"model.layers.{piece.layer}.{piece.matrix}")
-            found.setdefault(name, []).append(piece)
-    return found
+            sources.setdefault(name, []).append(piece)
+    return sources
 
 
 def fill_piece(causal_lm: Any, checkpoint: Checkpoint, store: Store, name: str, piece: Piece, tensor: torch.Tensor, copy: bool) -> None:
@@ -318,7 +318,7 @@ def set_table(causal_lm: Any, checkpoint: Checkpoint, store: Store, table: bool)
     if checkpoint.tied or table:
         causal_lm.model.embed_tokens = Embedding(causal_lm.model.embed_tokens.weight, checkpoint.compute)
     else:
-        causal_lm.model.embed_tokens = EmbeddingRows(store.places[EMBEDDING], store, checkpoint.held, checkpoint.compute)
+        causal_lm.model.embed_tokens = EmbeddingRows(store.places[EMBEDDING], store, checkpoint.dtype, checkpoint.compute)
 
 
 def open_projections(causal_lm: Any, checkpoint: Checkpoint, store: Store) -> None:

@@ -1,6 +1,6 @@
 """What this machine takes for the parts of a cycle, measured on a model's own first layers, and kept in the user's cache directory.
 
-A few layers of the checkpoint are held, as a run under a budget holds them, and driven through the engine's own steps: passes of several
+A few layers of the checkpoint are resident, as in a run under a budget, and driven through the engine's own steps: passes of several
 widths through one layer and through all of them (their difference is a layer, the rest of the shorter one what a pass takes beside its
 layers), the layers' coarse form where the weights have one, an adapter with the head, the head alone, and whole steps of plain decoding
 (what is left of them is the engine's own). The reader streams the checkpoint's matrices by itself. All of it is a matter of seconds.
@@ -68,7 +68,7 @@ class Subject:
     Attributes:
         places: where the checkpoint's tensors lie.
         adapter: directory and exit of the adapter that is timed, and its bytes; None where there is none.
-        room: bytes of weights that may be held while measuring; None sets no limit.
+        room: bytes of weights that may be resident while measuring; None sets no limit.
         coarse: a copy to draft with that is made when the checkpoint is loaded (`MemoryOptions.coarse`).
     """
 
@@ -89,7 +89,7 @@ class Subject:
         return {
             "processor": processor() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "threads": torch.get_num_threads(),
-            "dtypes": [*stored, str(checkpoint.held), str(checkpoint.compute)],
+            "dtypes": [*stored, str(checkpoint.dtype), str(checkpoint.compute)],
             "storage": storage_of(next(iter(self.places.values())).path),
             "model": {"layers": config.num_hidden_layers, "vocab": config.vocab_size, "layer": layer},
             "coarse": self.coarse,
@@ -101,7 +101,7 @@ class Subject:
     def layers(self) -> int:
         """Layers to hold: enough to lie beyond the processor's cache, where there is room."""
         checkpoint = self.checkpoint
-        layer = sum(piece.held for piece in checkpoint.pieces if piece.layer == 0)
+        layer = sum(piece.resident_bytes for piece in checkpoint.pieces if piece.layer == 0)
         outside = [name for name in (HEAD, EMBEDDING) if name in self.places]
         head = sum(checkpoint.resting(name).itemsize * math.prod(self.places[name].shape) for name in outside)
         room = BEYOND_CACHE if self.room is None else min(BEYOND_CACHE, self.room)
@@ -183,7 +183,7 @@ def first_layers(subject: Subject) -> MultiAdapterCATSModel:
     checkpoint = subject.checkpoint
     model = MultiAdapterCATSModel(load_first_layers(checkpoint, subject.layers, subject.device, subject.coarse))
     if subject.adapter is not None:
-        name = str(checkpoint.held).removeprefix("torch.")
+        name = str(checkpoint.dtype).removeprefix("torch.")
         adapter = AdapterModel.from_pretrained(*subject.adapter, name, subject.device, sparing=True)
         adapter.exit_layer = 1
         model.add_adapter("draft", adapter)
@@ -215,7 +215,7 @@ def round_seconds(state: DecodeState, rows: int) -> tuple[float, ...]:
 def coarse_seconds(state: DecodeState, counts: Sequence[int], tables: Mapping[str, Table]) -> Table:
     """Seconds of a layer's coarse form by rows: a pass through all of them, less what a pass takes beside its layers."""
     device, layers = state.base.device, state.base.layer_count
-    found = []
+    table = []
     for rows in counts:
 
         def timed_round(rows: int = rows) -> list[float]:
@@ -225,8 +225,8 @@ def coarse_seconds(state: DecodeState, counts: Sequence[int], tables: Mapping[st
             return [clock(device) - begin]
 
         whole = medians(timed_round, device)[0]
-        found.append((rows, max(whole - seconds_for(tables["pass_seconds"], rows), 0.0) / layers))
-    return tuple(found)
+        table.append((rows, max(whole - seconds_for(tables["pass_seconds"], rows), 0.0) / layers))
+    return tuple(table)
 
 
 def chain_of(state: DecodeState, rows: int) -> tuple[Cycle, list[int]]:
@@ -239,11 +239,11 @@ def chain_of(state: DecodeState, rows: int) -> tuple[Cycle, list[int]]:
 
 def medians(timed_round: Callable[[], list[float]], device: torch.device) -> tuple[float, ...]:
     """Of each of the figures of several rounds, the first of which is left out."""
-    found: list[list[float]] = []
+    rounds: list[list[float]] = []
     begin = clock(device)
-    while len(found) <= ROUNDS and (len(found) < FEWEST_ROUNDS or clock(device) - begin < ROUNDS_SECONDS):
-        found.append(timed_round())
-    return tuple(statistics.median(column) for column in zip(*found[1:], strict=True))
+    while len(rounds) <= ROUNDS and (len(rounds) < FEWEST_ROUNDS or clock(device) - begin < ROUNDS_SECONDS):
+        rounds.append(timed_round())
+    return tuple(statistics.median(column) for column in zip(*rounds[1:], strict=True))
 
 
 def tables_of(timed: Mapping[int, tuple[float, ...]], layers: int) -> dict[str, Table]:

@@ -56,7 +56,7 @@ class MedusaHeads(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights, as held."""
+        """Bytes of the weights, as resident."""
         return sum(weight.nbytes for weight in self.parameters())
 
     def states(self, place: int, x_PD: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ class MedusaHeads(nn.Module):
         return torch.cat([self.lm_heads[place](states_KD[place : place + 1]) for place in range(count)])
 
     def compute_in(self, dtype: torch.dtype, device: torch.device, work: WorkSpace) -> None:
-        """Make the arithmetic `dtype`, as the base's is; weights stay as held, unless `dtype` would round them in every product."""
+        """Make the arithmetic `dtype`, as the base's is; weights stay as they are, unless `dtype` would round them in every product."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device, parameter.dtype if is_exact(parameter.dtype, dtype) else dtype)
         replace_projections(self, work)
@@ -121,7 +121,7 @@ def save_accuracy(directory: str | Path, accuracy: list[list[float]], positions:
 
 
 def stored_bytes(directory: str | Path) -> int:
-    """Bytes of the heads' weights, as they are stored and will be held."""
+    """Bytes of the heads' weights, as they are stored and will be resident."""
     return sum(form.dtype.itemsize * math.prod(form.shape) for form in tensor_forms(directory).values())
 
 

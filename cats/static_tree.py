@@ -61,13 +61,13 @@ class _Forests:
 
     def paths(self, depth: int, count: int) -> list[Path]:
         """The forest of `count` nodes below a node of this depth, as paths of ranks from there."""
-        found: list[Path] = []
+        forest: list[Path] = []
         if depth == len(self.sizes):
-            return found
+            return forest
         for rank in reversed(range(len(self.sizes[depth]))):
             taken = self.sizes[depth][rank][count]
             if taken:
-                found.append((rank,))
-                found += [(rank, *path) for path in self.paths(depth + 1, taken - 1)]
+                forest.append((rank,))
+                forest += [(rank, *path) for path in self.paths(depth + 1, taken - 1)]
             count -= taken
-        return found
+        return forest

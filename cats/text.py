@@ -328,14 +328,14 @@ def has_tokenizer(directory: str | Path) -> bool:
 
 def listed_end_ids(directory: str | Path) -> tuple[int, ...]:
     """The end tokens that generation_config.json and config.json list, those of both."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         said = _fields(Path(directory) / name).get("eos_token_id")
         listed = said if isinstance(said, list) else [] if said is None else [said]
         if not all(isinstance(token, int) for token in listed):
             raise CatsError(f"{Path(directory) / name} has the eos_token_id {said!r}, which is no token id; mend or fetch the file again.")
-        found.update(listed)
-    return tuple(sorted(found))
+        ids.update(listed)
+    return tuple(sorted(ids))
 
 
 def is_vicuna(directory: str | Path) -> bool:
@@ -356,12 +356,12 @@ def _fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(_read(path))
+        fields = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise CatsError(f"cannot read {path}: {error}; fetch the checkpoint again.") from error
-    if not isinstance(found, dict):
-        raise CatsError(f"cannot read {path}: it holds a JSON {type(found).__name__}, not an object; fetch the checkpoint again.")
-    return found
+    if not isinstance(fields, dict):
+        raise CatsError(f"cannot read {path}: it holds a JSON {type(fields).__name__}, not an object; fetch the checkpoint again.")
+    return fields
 
 
 def _read(path: Path) -> str:

@@ -47,7 +47,7 @@ class Weight(ABC):
         always: parts so small that they are resident under every plan.
         unused: ends of names of tensors that mean nothing.
         decodes: whether compiled products take codes with their low bits, which they decode in a work space.
-        held: the dtype that values are rounded to.
+        dtype: that values are rounded to (the weight dtype of cats/dtypes.py).
         sparing: whether residents stay as they are stored where that takes less memory.
     """
 
@@ -58,9 +58,9 @@ class Weight(ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     decodes: ClassVar[bool] = False
 
-    def __init__(self, held: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
+    def __init__(self, dtype: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
         """Raises `CatsError` for settings (config.json's `quantization_config`) that the kind does not know."""
-        self.held, self.sparing = held, sparing
+        self.dtype, self.sparing = dtype, sparing
 
     @property
     def scratch_bytes(self) -> int:
@@ -113,11 +113,11 @@ class Plain(Weight):
 
     def resting(self, part: str, stored: torch.dtype) -> torch.dtype:
         """See `Weight`."""
-        return narrowest(stored, self.held) if self.sparing else self.held
+        return narrowest(stored, self.dtype) if self.sparing else self.dtype
 
     def rows(self, parts: Parts, start: int, stop: int) -> torch.Tensor:
         """See `Weight`."""
-        return rounded(parts["exact"][start:stop], self.held)
+        return rounded(parts["exact"][start:stop], self.dtype)
 
 
 class Int8Copy(Plain):
@@ -184,8 +184,8 @@ class Nested(Weight):
     unused: ClassVar[tuple[str, ...]] = (".filler",)
     decodes: ClassVar[bool] = True
 
-    def __init__(self, held: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
-        super().__init__(held, sparing)
+    def __init__(self, dtype: torch.dtype, sparing: bool, settings: Mapping[str, Any] | None = None):
+        super().__init__(dtype, sparing)
         given = settings or {}
         require(
             given.get("version") == self.version and given.get("dtype") in format.LAYOUTS,
@@ -198,7 +198,7 @@ class Nested(Weight):
     def scratch_bytes(self) -> int:
         """See `Weight`: the matrix as it was, and rounded where it is."""
         dtype = self.layout.dtype
-        return dtype.itemsize + (0 if is_exact(dtype, self.held) else self.held.itemsize)
+        return dtype.itemsize + (0 if is_exact(dtype, self.dtype) else self.dtype.itemsize)
 
     @classmethod
     def settings(cls, dtype: str) -> dict[str, Any]:
@@ -222,13 +222,13 @@ class Nested(Weight):
         """See `Weight`; in the dtype of the matrix as it was."""
         codes, listed = parts["codes"], parts["exceptions"]
         if "residual" in parts:
-            return rounded(format.decode(codes, parts["residual"], listed, self.layout, start, stop), self.held)
-        return rounded(format.decode_coarse(codes, listed, self.layout, start, stop), self.held)
+            return rounded(format.decode(codes, parts["residual"], listed, self.layout, start, stop), self.dtype)
+        return rounded(format.decode_coarse(codes, listed, self.layout, start, stop), self.dtype)
 
     def coded(self, parts: Parts) -> "Coded | None":
         """See `Weight`; what would be rounded, and low bits of seven, are made numbers."""
         low = parts.get("residual")
-        if not is_exact(self.layout.dtype, self.held) or (low is not None and self.layout.low_bits != format.NIBBLE):
+        if not is_exact(self.layout.dtype, self.dtype) or (low is not None and self.layout.low_bits != format.NIBBLE):
             return None
         return Coded(parts["codes"], self.layout, parts["exceptions"], low)
 
@@ -251,20 +251,20 @@ def has_coarse(config: object, coarse: str | None = None) -> bool:
     return kind is not None and any(COARSE_PRECISION in needing for needing in kind.parts.values())
 
 
-def weight_of(config: object, directory: object, held: torch.dtype, sparing: bool, coarse: str | None = None) -> Weight:
+def weight_of(config: object, directory: object, dtype: torch.dtype, sparing: bool, coarse: str | None = None) -> Weight:
     """The kind of a checkpoint's weights, for one model; raises `CatsError` for one that is not known.
 
     Args:
-        held, sparing: see `Weight`.
+        dtype, sparing: see `Weight`.
         coarse: the copy that is asked for.
     """
     settings = getattr(config, "quantization_config", None)
     if not settings:
-        return Plain(held, sparing) if coarse is None else COPIES[coarse](held, sparing)
+        return Plain(dtype, sparing) if coarse is None else COPIES[coarse](dtype, sparing)
     given = settings if isinstance(settings, dict) else settings.to_dict()
     name = given.get("quant_method")
     if name not in KINDS:
         known = "".join(f", {kind}" for kind in KINDS)
         raise CatsError(f"the weights in {directory} are quantised by {str(name)!r}; supported are plain ones{known}.")
     require(coarse is None, f"a coarse copy is made of plain weights, and those in {directory} are {name}; leave --coarse out.")
-    return KINDS[name](held, sparing, given)
+    return KINDS[name](dtype, sparing, given)

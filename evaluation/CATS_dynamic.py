@@ -231,10 +231,10 @@ def metrics_of(plan: Plan, subject: Subject) -> dict[str, Any]:
 
 def report(metrics: dict[str, Any]) -> str:
     """The outcome in a few words."""
-    found, plain = metrics["all"], metrics["all"].get("baseline")
-    shown = {name: "-" if found[name] is None else f"{found[name]:.2f}" for name in ("accepted_length", "tokens_per_second")}
+    figures, plain = metrics["all"], metrics["all"].get("baseline")
+    shown = {name: "-" if figures[name] is None else f"{figures[name]:.2f}" for name in ("accepted_length", "tokens_per_second")}
     text = f"{metrics['model_id']}: accepted length {shown['accepted_length']}, {shown['tokens_per_second']} tokens/s"
-    text += f", {found['questions']} questions answered, {found['failed']} failed"
+    text += f", {figures['questions']} questions answered, {figures['failed']} failed"
     if plain and plain["speed_up"] is not None:
         text += f", {plain['speed_up']:.2f} x plain decoding"
     if plain and plain["identical"] is not None:

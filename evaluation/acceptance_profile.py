@@ -67,10 +67,10 @@ def exit_of(adapter: Mapping[str, Any], folder: Path) -> int:
         return int(adapter["exit_layer"])
     if not adapter.get("name") or not (folder / adapter["name"]).is_dir():
         raise CatsError(f"the table does not say the exit of the adapter {adapter.get('name')!r}, and {folder} has none of that name.")
-    found = getattr(read_adapter_config(folder / adapter["name"]), "exit_layer", None)
-    if found is None:
+    exit_layer = getattr(read_adapter_config(folder / adapter["name"]), "exit_layer", None)
+    if exit_layer is None:
         raise CatsError(f"{folder / adapter['name'] / 'config.json'} does not say the exit layer of the adapter; add it.")
-    return int(found)
+    return int(exit_layer)
 
 
 def notes_of(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -47,21 +47,21 @@ def exits_of(settings: dict[str, Any]) -> str:
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
     """Every complete cell of a folder: its settings, environment and summary; identical_to_plain where plain decoding was a method."""
-    found: dict[CellKey, tuple[dict[str, Any], list[Record]]] = {}
+    complete: dict[CellKey, tuple[dict[str, Any], list[Record]]] = {}
     for path in sorted(folder.glob("*.settings.json")):
         about = json.loads(path.read_text(encoding="utf-8"))
         settings = about["settings"]
         records = read_records(path.with_name(path.name.removesuffix(".settings.json") + ".jsonl"))
         if {record["question_id"] for record in records} == set(settings["question_ids"]):
-            found[settings["bench"], settings["label"], exits_of(settings)] = (about, records)
+            complete[settings["bench"], settings["label"], exits_of(settings)] = (about, records)
     cells = []
-    for (bench, _, _), (about, records) in sorted(found.items(), key=lambda item: cell_order(item[0])):
+    for (bench, _, _), (about, records) in sorted(complete.items(), key=lambda item: cell_order(item[0])):
         summary = summarise(records, ModelShape(**about["shape"]))
         del summary["committed_per_step"]
         summary["committed_and_passes"] = committed_and_passes(records)
         summary["accepted_length_interval"] = ratio_interval([summary["committed_and_passes"]])
-        if (bench, PLAIN, "") in found:
-            summary["identical_to_plain"] = identical_answers(records, found[bench, PLAIN, ""][1])
+        if (bench, PLAIN, "") in complete:
+            summary["identical_to_plain"] = identical_answers(records, complete[bench, PLAIN, ""][1])
         cells.append({**about, "summary": summary})
     return cells
 
@@ -79,7 +79,7 @@ def check_alike(cells: Sequence[dict[str, Any]], folder: Path) -> None:
     for cell in cells:
         settings = cell["settings"]
         own = {name: settings.get(name) for name in SHARED} | {f"questions of {settings['bench']}": settings["question_ids"]}
-        own |= {f"{role} adapter of exit {found['exit_layer']}": found for role, found in settings["adapters"].items()}
+        own |= {f"{role} adapter of exit {adapter['exit_layer']}": adapter for role, adapter in settings["adapters"].items()}
         known = {name: shared.setdefault(name, value) for name, value in own.items()}
         place = f"the cell of {settings['label']} on {settings['bench']}"
         advice = f"{place} does not fit in; remove it from {folder} or choose another --output."
@@ -115,10 +115,11 @@ def row_of(label: str, exits: str, cells: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def extra_bytes(cell: dict[str, Any]) -> int:
-    """Bytes that the method holds beside the base; cells of an older tree say those of the adapters, and the method tells its own."""
-    if "held_beside" in cell:
-        return sum(cell["held_beside"].values())
-    return int(cell["extra_bytes"]) + needs_of(method_of(cell["settings"]["method"])).held_bytes
+    """Resident bytes of the method beside the base; cells of an older tree say those of the adapters, and the method tells its own."""
+    extra = cell.get("extra_resident_bytes") or cell.get("held_beside")  # the name that an older tree gave it
+    if extra is not None:
+        return sum(extra.values())
+    return int(cell["extra_bytes"]) + needs_of(method_of(cell["settings"]["method"])).resident_bytes
 
 
 def how_chosen(settings: dict[str, Any]) -> str:
@@ -137,26 +138,26 @@ def markdown(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) ->
     settings, about = cells[0]["settings"], cells[0]["environment"]
     counts = sorted({len(cell["settings"]["question_ids"]) for cell in cells})
     sets = sorted({cell["settings"]["source"].strip("()").partition(";")[0] for cell in cells})
-    arithmetic = cells[0]["arithmetic"]
+    arithmetic = {"weights": cells[0]["arithmetic"].get("held"), **cells[0]["arithmetic"]}  # the name that an older tree gave it
     heading = f", temperature {settings['temperature']:g}, seed {settings['seed']}" if settings.get("temperature") else ""
     return (
         f"# Accepted length of {settings['model']['name']}{heading}\n\n"
         "Tokens per pass of the whole model, its own next token included and the prompt's pass left out, so plain decoding has exactly 1. "
         f"{how_chosen(settings)}, at most {settings['max_new_tokens']} tokens an answer; "
         f"{' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} "
-        f"questions of each bench, evenly spread over it ({', '.join(sets)}). Weights held in {arithmetic['held']}, computed in "
+        f"questions of each bench, evenly spread over it ({', '.join(sets)}). Weights in {arithmetic['weights']}, computed in "
         f"{arithmetic['computed']}. ± is half of the 90 % interval by bootstrap over questions; its bounds stand in the JSON file.\n\n"
         f"{lengths_table(rows)}\n"
         "## What it costs\n\n"
-        "Means over the benches. Layer passes: executions of a decoder layer by committed tokens, counted, and by the formula "
-        "n*d + (L - d) a cycle, which leaves corrections out. Layer bytes: weights of decoder layers read by committed tokens, every "
+        "Means over the benches. Layer passes: executions of a decoder layer per committed token, counted, and by the formula "
+        "n*d + (L - d) a cycle, which leaves corrections out. Layer bytes: weights of decoder layers read per committed token, every "
         "layer pass counted with the bytes of the form that it ran, streamed or not; head and adapters are left out, as in the paper's "
-        "bytes per token. Extra bytes: all that the method holds beside the base: adapters and heads as stored, a datastore, a copy of "
-        "the layers that was made for it. Repeated 4-grams: the share of the text's that occurred before in the same answer; loops make "
-        "drafting easy.\n\n"
+        "bytes per token. Extra bytes: all that the method keeps resident beside the base: adapters and heads as stored, a datastore, "
+        "a copy of the layers that was made for it. Repeated 4-grams: the share of the text's that occurred before in the same answer; "
+        "loops make drafting easy.\n\n"
         f"{costs_table(rows)}\n"
         f"Made on {about['cpu']}, {about['threads']} thread(s), one cell after the other, so their seconds are no comparison of methods: "
-        "speed is accepted length by the time of a cycle, which is measured apart, methods in turns.\n"
+        "speed is accepted length over the time of a cycle, which is measured apart, methods in turns.\n"
     )
 
 

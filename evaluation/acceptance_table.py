@@ -73,7 +73,11 @@ class Cell:
         about = {
             "settings": self.settings,
             "shape": dataclasses.asdict(subject.shape(self.method)),
-            "held_beside": {"adapters": self.adapter_bytes, "method": needs_of(self.method).held_bytes, "copy": subject.copy_bytes},
+            "extra_resident_bytes": {
+                "adapters": self.adapter_bytes,
+                "method": needs_of(self.method).resident_bytes,
+                "copy": subject.copy_bytes,
+            },
             "arithmetic": subject.arithmetic,
             "caveats": subject.caveats,
             "environment": environment(),

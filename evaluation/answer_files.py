@@ -82,11 +82,11 @@ def find_questions(answers: Answers, given: str | None) -> tuple[Path, dict[Ques
         raise CatsError(f"{answers.path} has no settings beside it that name its questions; give a bench name or a file by --questions.")
     else:
         places = [folder / asked[0] for folder in (BENCH_FOLDER / "official", BENCH_FOLDER)]
-        found = [place for place in places if place.is_file() and sha256(place) == asked[1]]
-        if not found:
+        files = [place for place in places if place.is_file() and sha256(place) == asked[1]]
+        if not files:
             said = f"{asked[0]} (sha256 {asked[1][:12]}...)"
             raise CatsError(f"the questions of {answers.path}, {said}, are not here; give them by --questions.")
-        path = found[0]
+        path = files[0]
     questions = {question.question_id: question for question in read_questions(path)}
     unknown = [question_id for question_id in answers.turns if question_id not in questions]
     if unknown:

@@ -70,12 +70,12 @@ def fitted(columns_NF: torch.Tensor, accepted_N: torch.Tensor) -> tuple[float, .
 
 def calibration_of(subject: Subject, prompts: Sequence[list[int]], max_new_tokens: int) -> tuple[Calibration, int]:
     """The weights, and how many tokens of answers they are fitted to."""
-    model, tokens, found = subject.model, 0, []
+    model, tokens, observations = subject.model, 0, []
     for prompt_ids in live_bar(prompts, desc=f"{len(prompts)} prompts", unit="prompt"):
         answer = subject.answer(prompt_ids, AutoregressiveConfig(), GenerationConfig(max_new_tokens=max_new_tokens)).ids
-        found.append(observed(model, prompt_ids, answer))
+        observations.append(observed(model, prompt_ids, answer))
         tokens += len(answer)
-    draft_N, shallow_N, accepted_N = (torch.cat(parts) for parts in zip(*found, strict=True))
+    draft_N, shallow_N, accepted_N = (torch.cat(parts) for parts in zip(*observations, strict=True))
     ones_N = torch.ones_like(draft_N)
     drafted = fitted(torch.stack([ones_N, draft_N], dim=1), accepted_N)
     checked = fitted(torch.stack([ones_N, draft_N, shallow_N], dim=1), accepted_N)

@@ -53,8 +53,8 @@ def redefined(prompt: str, code: str) -> str:
 
 def continuation(prompt: str, text: str) -> str | None:
     """The prompt and the longest beginning of a text that goes on with it as Python; None where that is nothing."""
-    found = [code for body in indented(text.strip("\n")) if (code := longest_prefix(prompt, body)) is not None]
-    return prompt + max(found, key=lambda code: code.count("\n")) if found else None
+    candidates = [code for body in indented(text.strip("\n")) if (code := longest_prefix(prompt, body)) is not None]
+    return prompt + max(candidates, key=lambda code: code.count("\n")) if candidates else None
 
 
 def indented(text: str) -> Iterator[str]:
@@ -69,12 +69,12 @@ def indented(text: str) -> Iterator[str]:
 def longest_prefix(before: str, text: str) -> str | None:
     """The most lines of a text that are Python behind `before` and hold a statement more than it; None where none do."""
     lines = text.rstrip().split("\n")[:MOST_LINES]
-    held = statements(before) or 0
+    given = statements(before) or 0
     for count in range(len(lines), 0, -1):
         if lines[count - 1].strip():
             code = "\n".join(lines[:count]) + "\n"
-            found = statements(before + code)
-            if found is not None and found > held:
+            total = statements(before + code)
+            if total is not None and total > given:
                 return code
     return None
 

@@ -92,10 +92,10 @@ def chosen_adapter(role: str, method: str, brought: Mapping[str, Path], args: ar
 
 def adapter_of_exit(folder: Path, layer: int, role: str) -> Path:
     """The adapter in `folder` that reads this exit; none, or several, raise `CatsError`."""
-    found = adapters_in(folder)
-    places = found.get(layer, [])
+    adapters = adapters_in(folder)
+    places = adapters.get(layer, [])
     if not places:
-        exits = ", ".join(map(str, found)) or "none"
+        exits = ", ".join(map(str, adapters)) or "none"
         raise CatsError(f"{folder} holds no adapter of exit {layer}, only of {exits}; choose one of them or give --{role}-adapter-path.")
     if len(places) > 1:
         names = ", ".join(place.name for place in places)
@@ -107,12 +107,12 @@ def adapters_in(folder: Path) -> dict[int, list[Path]]:
     """The adapters in the folders of `folder` by exit, in the order of exits; what is no adapter that says its exit is passed over."""
     if not folder.is_dir():
         raise CatsError(f"there is no directory {folder}; --adapters takes one that holds adapters, as training writes them.")
-    found: dict[int, list[Path]] = {}
+    adapters: dict[int, list[Path]] = {}
     for place in sorted(config.parent for config in folder.glob("*/config.json")):
         exit_layer = getattr(read_adapter_config(place), "exit_layer", None)
         if exit_layer is not None:
-            found.setdefault(int(exit_layer), []).append(place)
-    return dict(sorted(found.items()))
+            adapters.setdefault(int(exit_layer), []).append(place)
+    return dict(sorted(adapters.items()))
 
 
 def exit_of(adapter: Path) -> int:

@@ -75,10 +75,10 @@ def coarse_answer(
     """The greedy answer of the coarse form alone, prompt and all; it ends as any answer does."""
     limits = Limits(with_end_tokens(config, model), len(prompt_ids), model.base.context, stop)
     answer: list[int] = []
-    with ExitStack() as held:
-        held.enter_context(model.base.turns.step(held.enter_context(model.base.turns.answer())))
-        held.enter_context(model.base.stepping())
-        state = held.enter_context(closing(DecodeState(model, prompt_ids, (), len(prompt_ids) + limits.room, max_nodes=1)))
+    with ExitStack() as stack:
+        stack.enter_context(model.base.turns.step(stack.enter_context(model.base.turns.answer())))
+        stack.enter_context(model.base.stepping())
+        state = stack.enter_context(closing(DecodeState(model, prompt_ids, (), len(prompt_ids) + limits.room, max_nodes=1)))
         for start in range(0, len(prompt_ids), PREFILL_ROWS):
             token = next_token(state, prompt_ids[start : start + PREFILL_ROWS], start)
         began = time.perf_counter()
@@ -95,10 +95,10 @@ def coarse_answer(
 def compare(subject: Subject, prompt_ids: list[int], config: GenerationConfig) -> dict[str, Any]:
     """One prompt, both ways."""
     exact = subject.answer(prompt_ids, EXACTLY, config)
-    found, coarse = coarse_answer(subject.model, prompt_ids, config, subject.text.stop())
+    answer, coarse = coarse_answer(subject.model, prompt_ids, config, subject.text.stop())
     cycles = [trace for trace in exact.traces if not trace.prefill]
     exactly = Speed(sum(trace.committed for trace in cycles), sum(trace.seconds.total for trace in cycles))
-    differing = first_difference(exact.ids, found)
+    differing = first_difference(exact.ids, answer)
     return {
         "tokens": len(exact.ids),
         "first_difference": None if differing is None else differing.position,

@@ -168,7 +168,7 @@ def compare_all(comparison: Comparison) -> None:
         subject = load_subject(model.directory, model.adapters, text, args.dtype, device, comparison.memory, args.compute_dtype)
         base = subject.model.base
         refuse_half(base.dtype)
-        reference = Reference(model.directory, base.held_dtype, base.dtype, base.device, text.end_token_ids)
+        reference = Reference(model.directory, base.weight_dtype, base.dtype, base.device, text.end_token_ids)
         _ = reference.model
     for prompt in live_bar(waiting, desc=f"{len(waiting)} prompts", unit="prompt"):
         outcome = compare_prompt(subject, reference, text.prompt_ids(prompt.turns[0]), comparison.method, args.max_new_tokens)
@@ -178,14 +178,14 @@ def compare_all(comparison: Comparison) -> None:
 def result_of(comparison: Comparison) -> dict[str, Any]:
     """All prompts put together; raises `CatsError` where none left room for an answer."""
     chosen = {prompt.question_id for prompt in comparison.prompts}
-    found = [record for record in read_records(comparison.records) if record["question_id"] in chosen]
-    records = [record for record in found if not record["skipped"]]
+    known = [record for record in read_records(comparison.records) if record["question_id"] in chosen]
+    records = [record for record in known if not record["skipped"]]
     counts = {name: [(record["tokens"][name], record["passes"][name]) for record in records] for name in TITLES}
     if not any(passes for _, passes in counts["latest"]):
         raise CatsError(f"no prompt of {comparison.args.prompts} leaves room for an answer of two tokens; give shorter prompts.")
     return {
         "prompts": len(records),
-        "skipped_prompts": len(found) - len(records),
+        "skipped_prompts": len(known) - len(records),
         "accepted_length": {name: ratio(sum(t for t, _ in pairs), sum(p for _, p in pairs)) for name, pairs in counts.items()},
         "accepted_length_interval": {name: ratio_interval([pairs]) for name, pairs in counts.items()},
         "passes": {name: sum(passes for _, passes in pairs) for name, pairs in counts.items()},

@@ -51,14 +51,14 @@ class Difference:
 
     position: int
     expected: int | None
-    found: int | None
+    actual: int | None
 
 
-def first_difference(expected: Sequence[int], found: Sequence[int]) -> Difference | None:
-    """Where `found` leaves `expected`, None where they are equal."""
-    for position in range(max(len(expected), len(found))):
+def first_difference(expected: Sequence[int], actual: Sequence[int]) -> Difference | None:
+    """Where `actual` leaves `expected`, None where they are equal."""
+    for position in range(max(len(expected), len(actual))):
         wanted = expected[position] if position < len(expected) else None
-        got = found[position] if position < len(found) else None
+        got = actual[position] if position < len(actual) else None
         if wanted != got:
             return Difference(position, wanted, got)
     return None
@@ -225,7 +225,7 @@ def reference_of(comparison: Comparison, subject: Subject) -> Reference:
     """transformers with the same rounding, arithmetic and end tokens; loaded, unless all its answers are there."""
     base, args = subject.model.base, comparison.args
     ends = subject.text.end_token_ids
-    reference = Reference(comparison.reference, base.held_dtype, base.dtype, base.device, ends, args.reference_answers)
+    reference = Reference(comparison.reference, base.weight_dtype, base.dtype, base.device, ends, args.reference_answers)
     prompts = [comparison.text.prompt_ids(prompt.turns[0]) for prompt in comparison.prompts]
     lengths = [min(max(args.max_new_tokens), base.context - len(prompt)) for prompt in prompts]
     if any(reference.knows(prompt, room) is None for prompt, room in zip(prompts, lengths, strict=True) if room > 0):
@@ -237,7 +237,7 @@ def result_of(comparison: Comparison, arithmetic: dict[str, str]) -> dict[str, A
     """All records of the chosen prompts put together; accepted lengths are those of the longest answers."""
     chosen = {prompt.question_id for prompt in comparison.prompts}
     records = [record for record in read_records(comparison.records) if record["question_id"] in chosen]
-    differences = [{"question_id": record["question_id"], **found} for record in records for found in record["differences"]]
+    differences = [{"question_id": record["question_id"], **difference} for record in records for difference in record["differences"]]
     return {
         "prompts": len(records),
         "skipped_prompts": sum(record["skipped"] for record in records),
@@ -263,10 +263,10 @@ def report(result: dict[str, Any]) -> str:
     text = f"{result['comparisons']} comparisons on {result['prompts']} prompts ({result['skipped_prompts']} fill the context): "
     text += f"{result['differences']} differ from transformers' greedy answer\n"
     text += f"transformers ran {result['reference']['name']}: {result['reference']['same_model']}\n"
-    for found in result["first_differences"][:10]:
+    for part in result["first_differences"][:10]:
         text += (
-            f"  prompt {found['question_id']}, {found['method']}, {found['max_new_tokens']} tokens: position {found['position']}, "
-            f"expected {found['expected']}, found {found['found']}, logit gap {found['logit_gap']:.3g}\n"
+            f"  prompt {part['question_id']}, {part['method']}, {part['max_new_tokens']} tokens: position {part['position']}, "
+            f"expected {part['expected']}, found {part['actual']}, logit gap {part['logit_gap']:.3g}\n"
         )
     return text
 

@@ -192,7 +192,7 @@ class Stand:
         about = {
             "settings": to.settings(self.entry),
             "shape": dataclasses.asdict(subject.shape(method)),
-            "plan": {"held": plan.charged, "streamed": plan.streamed_bytes, "ring": plan.ring_bytes},
+            "plan": {"charged": plan.charged, "streamed": plan.streamed_bytes, "ring": plan.ring_bytes},
             "bandwidth": None if to.place.budget_bytes is None else bandwidth_of(to.place, model.directory),
             "arithmetic": subject.arithmetic,
             "environment": environment(),

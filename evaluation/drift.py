@@ -84,20 +84,20 @@ class Document:
 
 def documents_of(args: argparse.Namespace, text: ModelText) -> list[Document]:
     """The prompts, and the given texts, each `args.positions` long; `CatsError` where there are too few."""
-    found: list[Document] = []
+    documents: list[Document] = []
     if args.prompts is not None:
         prompts = spread_questions(read_prompts(args.prompts), args.documents)
-        found += [Document(WRITTEN, number, text.prompt_ids(prompt.turns[0])) for number, prompt in enumerate(prompts)]
+        documents += [Document(WRITTEN, number, text.prompt_ids(prompt.turns[0])) for number, prompt in enumerate(prompts)]
     if args.text is not None:
         needed, ids = args.positions + args.steps + 2, list[int]()
         number = 0
         for talk in read_sharegpt(args.text):
             ids += text.prompt_ids(talk.messages)
             if len(ids) >= needed and number < args.documents:
-                found.append(Document(GIVEN, number, ids[:BEGINNING], ids[:needed]))
+                documents.append(Document(GIVEN, number, ids[:BEGINNING], ids[:needed]))
                 ids, number = [], number + 1
         require(number == args.documents, f"{args.text} holds {number} texts of {needed} tokens; give fewer --documents, or a longer file.")
-    return found
+    return documents
 
 
 def run(subject: Subject, document: Document, method: NestedConfig, positions: int, bar: Any) -> Record:
@@ -117,12 +117,12 @@ def run(subject: Subject, document: Document, method: NestedConfig, positions: i
 def repeated(ids: Sequence[int], size: int = 4) -> list[bool]:
     """For every token from the fourth on, whether the four that end with it stood together before."""
     seen: set[tuple[int, ...]] = set()
-    found = []
+    repeats = []
     for end in range(size, len(ids) + 1):
         ngram = tuple(ids[end - size : end])
-        found.append(ngram in seen)
+        repeats.append(ngram in seen)
         seen.add(ngram)
-    return found
+    return repeats
 
 
 def stretches(records: Sequence[Record], begin: int) -> Iterator[list[Record]]:
@@ -171,11 +171,11 @@ def markdown(result: dict[str, Any]) -> str:
     text = "# Agreement of the coarse draft by position\n\nChains of " + str(result["settings"]["method"]["steps"])
     text += " drafted tokens. Agreement: share of the drafted tokens, up to the first that is not the exact model's, that are its own. "
     text += f"In brackets 90 % intervals, by bootstrap over stretches of {STRETCH} positions.\n"
-    for source, found in result["sources"].items():
+    for source, group in result["sources"].items():
         title, length = SOURCES[source], result["settings"]["positions"]
-        text += f"\n## {title[0].upper()}{title[1:]}, {found['documents']} of {length} positions\n\n"
+        text += f"\n## {title[0].upper()}{title[1:]}, {group['documents']} of {length} positions\n\n"
         text += "| positions | cycles | agreement | tokens a pass | repeated 4-grams |\n|---|---|---|---|---|\n"
-        for row in found["bins"]:
+        for row in group["bins"]:
             agreement = with_bounds(row["agreement"], row["agreement_interval"], ".3f")
             tokens = with_bounds(row["accepted_length"], row["accepted_length_interval"], ".2f")
             share = "-" if row["repeated_4gram_share"] is None else f"{row['repeated_4gram_share']:.0%}"
@@ -198,8 +198,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(2, 1, sharex=True)
     colours = {WRITTEN: "#4878d0", GIVEN: "#ee854a"}
     for axes, name, label in zip(panels, ("agreement", "accepted_length"), ("agreement of a drafted token", "tokens a pass"), strict=True):
-        for source, found in result["sources"].items():
-            rows = [row for row in found["bins"] if row[f"{name}_interval"] is not None]
+        for source, group in result["sources"].items():
+            rows = [row for row in group["bins"] if row[f"{name}_interval"] is not None]
             middles, values = [row["begin"] + BIN / 2 for row in rows], [row[name] for row in rows]
             below = [row[name] - row[f"{name}_interval"][0] for row in rows]
             above = [row[f"{name}_interval"][1] - row[name] for row in rows]
@@ -266,11 +266,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     records, kept = args.output.with_suffix(".records.jsonl"), args.output.with_suffix(".settings.json")
     if not args.merge:
         record_all(args, records, kept)
-    found = read_records(records)
-    if not found:
+    documents = read_records(records)
+    if not documents:
         raise CatsError(f"{records} holds no document yet; run the command without --merge first.")
     about = json.loads(kept.read_text(encoding="utf-8"))
-    result = {"sources": figures(found, about["settings"]["positions"]), **about}
+    result = {"sources": figures(documents, about["settings"]["positions"]), **about}
     write_json(args.output, result)
     text = markdown(result)
     write_atomically(args.output.with_suffix(".md"), lambda part: part.write_text(text, encoding="utf-8"))

@@ -22,7 +22,7 @@ BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 def final_number(text: str) -> Fraction | None:
     """The number that the text ends with; None where it has none."""
     said = plain(text)
-    following = next((found.start() for found in NEXT_PROBLEM.finditer(said) if said[: found.start()].strip()), len(said))
+    following = next((match.start() for match in NEXT_PROBLEM.finditer(said) if said[: match.start()].strip()), len(said))
     said = said[:following]
     marked = [line for line in said.split("####")[1:] if last_number(line.strip().split("\n")[0]) is not None]
     if marked:
@@ -35,22 +35,22 @@ def plain(text: str) -> str:
     """The text with LaTeX's and typographers' ways of writing numbers turned into the usual ones, and emphasis left out."""
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("**", "")
     text = re.sub(r"(?<=\d)(?:\\,|\u202f|\u2009|\u00a0)(?=\d{3}(?!\d))", ",", text)
-    return FRACTION.sub(lambda found: f" {found[1]}{found[2]}/{found[3]}", text)
+    return FRACTION.sub(lambda match: f" {match[1]}{match[2]}/{match[3]}", text)
 
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text; a fraction over zero is read as the number below its stroke."""
-    found = [number for number in NUMBER.finditer(text) if len(number[0]) <= LONGEST]
-    return value_of(found[-1]) if found else None
+    matches = [number for number in NUMBER.finditer(text) if len(number[0]) <= LONGEST]
+    return value_of(matches[-1]) if matches else None
 
 
-def value_of(found: "re.Match[str]") -> Fraction:
+def value_of(match: "re.Match[str]") -> Fraction:
     """A match of `NUMBER` as a fraction."""
-    value = Fraction(found["value"].replace(",", ""))
-    if found["below"] is not None:
-        below = Fraction(found["below"].replace(",", ""))
+    value = Fraction(match["value"].replace(",", ""))
+    if match["below"] is not None:
+        below = Fraction(match["below"].replace(",", ""))
         value = value / below if below else below
-    elif found["part"] is not None and int(found["parts"]):
-        value += Fraction(int(found["part"]), int(found["parts"]))
-    negative = (found["sign"] is not None) != (found["inner"] is not None)
+    elif match["part"] is not None and int(match["parts"]):
+        value += Fraction(int(match["part"]), int(match["parts"]))
+    negative = (match["sign"] is not None) != (match["inner"] is not None)
     return -value if negative else value

@@ -200,10 +200,10 @@ def result_of(judging: Judging) -> dict[str, Any]:
 
 def missing_of(judging: Judging, judged: Mapping[tuple[Any, ...], Record]) -> list[Record]:
     """The requests without a judgement, each with the cause that was met last."""
-    causes = {(found["question_id"], found["turn"]): found["failed"] for found in read_records(judging.records) if "failed" in found}
+    causes = {(record["question_id"], record["turn"]): record["failed"] for record in read_records(judging.records) if "failed" in record}
     left = [request for request in judging.requests if key_of(request) not in judged]
-    found = [(request, causes.get((request.question_id, request.turn), "not asked")) for request in left]
-    return [{"question_id": request.question_id, "turn": request.turn, "cause": cause} for request, cause in found]
+    missing = [(request, causes.get((request.question_id, request.turn), "not asked")) for request in left]
+    return [{"question_id": request.question_id, "turn": request.turn, "cause": cause} for request, cause in missing]
 
 
 def report(result: Mapping[str, Any]) -> str:

@@ -124,13 +124,13 @@ class Endpoint:
 def reply_in(body: str) -> Reply:
     """The reply that a body holds; one that holds none may have one the next time."""
     try:
-        found = json.loads(body)
-        text = found["choices"][0]["message"]["content"]
+        completion = json.loads(body)
+        text = completion["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
         raise _PassingError(f"the answer is no chat completion: {body[:60]!r}") from error
     if not isinstance(text, str) or not text.strip():
         raise _PassingError("the answer is empty")
-    usage = found.get("usage") or {}
+    usage = completion.get("usage") or {}
     return Reply(text, usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
 
 

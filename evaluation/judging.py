@@ -88,5 +88,5 @@ def tagged(name: str, text: str) -> str:
 def rating_in(text: str) -> int | None:
     """The grade that a judgement's last line gives; None where it gives none, or where another line gives another."""
     lines = [line.strip() for line in text.strip().split("\n")]
-    grades = [int(found[1]) for line in lines if (found := RATING.fullmatch(line))]
+    grades = [int(match[1]) for line in lines if (match := RATING.fullmatch(line))]
     return grades[-1] if RATING.fullmatch(lines[-1]) and len(set(grades)) == 1 else None

@@ -238,7 +238,7 @@ def lanes_of(cycles: Sequence[Record]) -> dict[str, list[Bar]]:
         spans += [("waiting", *wait) for wait in record.get("waits", [])] + [("reader", *read[:2]) for read in record.get("reads", [])]
         for lane, first, last in spans:
             bars.setdefault(lane, []).append((begin + first, last - first))
-    return {lane: found for lane, found in bars.items() if found}
+    return {lane: own for lane, own in bars.items() if own}
 
 
 def draw_timeline(cycles: Sequence[Record], path: Path) -> None:

@@ -102,8 +102,8 @@ def in_child(request: Request) -> dict[str, Any]:
     if ended.returncode:
         words = (ended.stderr.strip() or "no words").splitlines()[-1].removeprefix("error: ")
         raise cats.CatsError(f"{request.method} under {request.budget} bytes: {words}")
-    found: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+    return result
 
 
 @exit_with_sentence

@@ -1,6 +1,6 @@
 """A command under a hard memory limit, and what a process took of memory and disk, by the kernel's own figures.
 
-The limit is a version 1 memory control group: it counts the page cache too, so a file mapped into memory cannot be held in it for
+The limit is a version 1 memory control group: it counts the page cache too, so a file mapped into memory cannot be resident in it for
 free. Where such groups cannot be made, runs without a limit say so. Linux only.
 """
 
@@ -28,7 +28,7 @@ class Outcome:
 
     Attributes:
         failure: None, or one sentence.
-        group_peak_bytes: most that the group held at any time, page cache included; None where there was no group.
+        group_peak_bytes: most that the group used at any time, page cache included; None where there was no group.
     """
 
     failure: str | None
@@ -62,7 +62,7 @@ class Group:
 
     @property
     def peak_bytes(self) -> int:
-        """Most that the group held."""
+        """Most that the group used."""
         return int((self._folders[0] / "memory.max_usage_in_bytes").read_text())
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Most that this process held since `reset_peak`, mapped files included."""
+    """Most that this process used since `reset_peak`, mapped files included."""
     return _field(Path("/proc/self/status"), "VmHWM", 1024)
 
 
@@ -156,10 +156,10 @@ def private_bytes() -> int:
 
 
 def _field(path: Path, name: str, unit: int) -> int:
-    found = re.search(rf"^{name}:\s+(\d+)", path.read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{name}:\s+(\d+)", path.read_text(), re.MULTILINE)
+    if match is None:
         raise CatsError(f"{path} has no {name}; this needs Linux with that accounting.")
-    return int(found[1]) * unit
+    return int(match[1]) * unit
 
 
 def python_command(module: str, *arguments: str, python: str = sys.executable) -> list[str]:

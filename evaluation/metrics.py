@@ -129,7 +129,7 @@ def confusion(records: Iterable[Record]) -> dict[str, float | None]:
 
 
 def tokens_per_second(records: Iterable[Record]) -> float | None:
-    """New tokens by wall-clock seconds of generation, prefill included, over all turns."""
+    """New tokens per wall-clock second of generation, prefill included, over all turns."""
     records = list(records)
     return ratio(sum(turn_values(records, "new_tokens")), sum(turn_values(records, "wall_time")))
 
@@ -155,7 +155,7 @@ def identical_answers(records: Iterable[Record], baseline: Iterable[Record]) -> 
 
 
 def layer_passes_per_token(records: Iterable[Record]) -> float | None:
-    """Decoder layer executions, counted, by committed tokens; prefill excluded."""
+    """Decoder layer executions, counted, per committed token; prefill excluded."""
     records = list(records)
     return ratio(sum(per_step(records, "layer_passes")), sum(per_step(records, "committed")))
 
@@ -166,7 +166,7 @@ def coarse_layer_passes(turns: Iterable[Mapping[str, Any]]) -> int:
 
 
 def layer_bytes_per_token(records: Iterable[Record], shape: ModelShape) -> float | None:
-    """Weight bytes of decoder layers that passes read, streamed or not, by committed tokens; prefill, head and adapters left out.
+    """Weight bytes of decoder layers that passes read, streamed or not, per committed token; prefill, head and adapters left out.
 
     Every layer pass counts with the bytes of the form that ran. Records of an older tree do not say which were coarse; they count as exact.
     """
@@ -178,7 +178,7 @@ def layer_bytes_per_token(records: Iterable[Record], shape: ModelShape) -> float
 
 
 def bytes_streamed_per_token(records: Iterable[Record]) -> float | None:
-    """Weight bytes taken from the stream, counted, by committed tokens; prefill excluded; 0 where all weights were resident.
+    """Weight bytes taken from the stream, counted, per committed token; prefill excluded; 0 where all weights were resident.
 
     None where some of the records do not say it.
     """

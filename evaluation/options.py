@@ -20,7 +20,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What is loaded: base, adapters, dtype, device, template."""
     group = parser.add_argument_group("model")
     add_place_flags(group)
-    group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="that weights are held in (default: as config.json says)")
+    group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="of the weights in memory (default: as config.json says)")
     arithmetic = "of the arithmetic (default: float32 on a CPU, elsewhere --dtype)"
     group.add_argument("--compute-dtype", default="auto", choices=(*DTYPES, "auto"), help=arithmetic)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is some, else cpu)")

@@ -37,9 +37,9 @@ def short(label: str) -> str:
 def grouped_bars(axes: "Axes", labels: Sequence[str], groups: Sequence[tuple[str, Sequence[Any]]]) -> None:
     """Bars side by side, with intervals: of each group its name and, by label, the figures of a cell or None."""
     width = 0.8 / max(1, len(groups))
-    for place, (name, found) in enumerate(groups):
+    for place, (name, cells) in enumerate(groups):
         colour, hatch = FILLS[place % len(FILLS)]
-        known = [(at, figures) for at, figures in enumerate(found) if figures is not None and figures["speed_up"] is not None]
+        known = [(at, figures) for at, figures in enumerate(cells) if figures is not None and figures["speed_up"] is not None]
         across = [at + (place - (len(groups) - 1) / 2) * width for at, _ in known]
         along = [figures["speed_up"] for _, figures in known]
         reach = [
@@ -145,7 +145,7 @@ def figure5(results: Results) -> "Figure":
 PARTS = {
     "interpreter": (LIBRARIES,),
     "head, table, norms": ("lm_head", "embedding table", "norms and biases"),
-    "adapters, heads": ("adapters", "held by methods"),
+    "adapters, heads": ("adapters", "method resources"),
     "layers in memory": (),
     "ring": ("ring",),
     "KV caches": ("KV caches",),
@@ -154,11 +154,11 @@ PARTS = {
 """Parts of the picture by names of the ledger; whatever has no other place is layers."""
 
 
-def parts_of(held: dict[str, int]) -> list[float]:
+def parts_of(ledger: dict[str, int]) -> list[float]:
     """MB by part of the picture."""
     named = {name for names in PARTS.values() for name in names}
-    layers = sum(nbytes for name, nbytes in held.items() if name not in named)
-    return [(sum(held.get(name, 0) for name in names) if names else layers) / 1e6 for names in PARTS.values()]
+    layers = sum(nbytes for name, nbytes in ledger.items() if name not in named)
+    return [(sum(ledger.get(name, 0) for name in names) if names else layers) / 1e6 for names in PARTS.values()]
 
 
 def memory_figure(results: Results) -> "Figure":

@@ -95,7 +95,7 @@ def lengths(results: Results) -> Sheet:
     paper, lines = paper_of(results), []
     for label in results.run.methods:
         row, theirs = results.row(label), paper.get(preset_of(label))
-        found = [
+        per_bench = [
             beside(
                 with_interval(of(row, "accepted_length", bench), of(row, "accepted_length_interval", bench)),
                 of(theirs, "accepted_length", bench),
@@ -106,7 +106,7 @@ def lengths(results: Results) -> Sheet:
         mean = with_interval(of(row, "mean"), of(row, "mean_interval")) if whole else "-"
         same = "-" if row is None else f"{row['identical_to_plain']} of {row['compared_to_plain']}"
         repeated = number(of(row, "repeated_4gram_share"), ".0%")
-        lines.append([title_of(label), of(row, "exits") or "-", *found, beside(mean, of(theirs, "mean")), same, repeated])
+        lines.append([title_of(label), of(row, "exits") or "-", *per_bench, beside(mean, of(theirs, "mean")), same, repeated])
     head = ["method", "exits", *(TITLES[bench] for bench in BENCHES), "mean", "same text as plain", "repeated 4-grams"]
     return Sheet("Accepted length", head, lines, setting(results))
 
@@ -132,22 +132,22 @@ def speeds(results: Results) -> Sheet:
 
 
 def speeds_by_set(results: Results) -> Sheet:
-    """Speed-up by set: accepted length there by the time of a cycle as it was measured in turns."""
+    """Speed-up by set: accepted length there over the time of a cycle as it was measured in turns."""
     place, paper, lines = headline(results.run)[-1], paper_of(results), []
     plain = of(results.cell(place, PLAIN), "figures", "cycle_seconds")
     for label in results.run.methods:
         row, cycle = results.row(label), of(results.cell(place, label), "figures", "cycle_seconds")
         theirs = paper.get(preset_of(label))
         known = None not in (plain, cycle) and row is not None
-        found = [row["accepted_length"].get(bench) if known and row is not None else None for bench in BENCHES]
+        accepted = [row["accepted_length"].get(bench) if known and row is not None else None for bench in BENCHES]
         ups = [
             beside(number(None if length is None else length * plain / cycle), of(theirs, "speed_up", bench))
-            for length, bench in zip(found, BENCHES, strict=True)
+            for length, bench in zip(accepted, BENCHES, strict=True)
         ]
         lines.append([title_of(label), number(cycle, ".4f"), *ups])
     head = ["method", "cycle, s", *(TITLES[bench] for bench in BENCHES)]
     note = (
-        f"{place.label}. Not measured on each set: accepted length there, times plain decoding's cycle by the method's. "
+        f"{place.label}. Not measured on each set: accepted length there, times plain decoding's cycle over the method's. "
         "In brackets the paper's."
     )
     return Sheet("Speed-up by set", head, lines, note)
@@ -177,16 +177,16 @@ def orders(results: Results) -> Iterator[Sheet]:
     lines = [[str(place + 1), title_of(mine), title_of(other)] for place, (mine, other) in enumerate(zip(ours, theirs, strict=True))]
     yield Sheet("Order by mean accepted length", ["place", "here", "paper"], lines)
     turned = [(first, second) for first, second in combinations(theirs, 2) if own[first]["mean"] < own[second]["mean"]]
-    found = []
+    inversions = []
     for first, second in turned:
         apart = own[first]["mean_interval"][1] < own[second]["mean_interval"][0]
         figures = [with_interval(own[name]["mean"], own[name]["mean_interval"]) for name in (first, second)]
-        found.append(
+        inversions.append(
             [title_of(first), title_of(second), f"{paper[first]:.2f} > {paper[second]:.2f}", " < ".join(figures), "yes" if apart else "no"]
         )
-    note = "" if found else "No pair of methods stands the other way round."
+    note = "" if inversions else "No pair of methods stands the other way round."
     head = ["method", "behind, here", "paper", "here", "intervals apart"]
-    yield Sheet("Inversions", head, found, note)
+    yield Sheet("Inversions", head, inversions, note)
 
 
 def table2(results: Results) -> list[Sheet]:
@@ -226,8 +226,8 @@ def speed_cells(results: Results, place: Place, label: str, exits: Exits | None)
 
 SPEED_HEAD = ("accepted length", "compute s/token", "tokens/s", "in turns", "speed-up in turns")
 SPEED_NOTE = (
-    "Accepted length: MT-bench, all weights in memory. tokens/s: that length by the time of a cycle. In turns: tokens/s and speed-up over "
-    "plain decoding as measured on the same questions, with 90 % intervals."
+    "Accepted length: MT-bench, all weights in memory. tokens/s: that length over the time of a cycle. In turns: tokens/s and speed-up "
+    "over plain decoding as measured on the same questions, with 90 % intervals."
 )
 
 
@@ -298,8 +298,8 @@ def bytes_cells(results: Results, place: Place, name: str, label: str, exits: Ex
 def formula_bytes(cell: Row, length: float | None) -> str:
     """Bytes a token by the paper's formula."""
     shape = of(cell, "shape")
-    found = None if shape is None else paper_bytes_per_token(ModelShape(**shape), length)
-    return "-" if found is None else amount(round(found))
+    nbytes = None if shape is None else paper_bytes_per_token(ModelShape(**shape), length)
+    return "-" if nbytes is None else amount(round(nbytes))
 
 
 def paper_bytes(results: Results) -> Sheet:
@@ -312,7 +312,7 @@ def paper_bytes(results: Results) -> Sheet:
         fits = "" if abs(units - whole) < 0.1 else ", no whole number"
         lines.append([row["method"], f"{row['gb_per_token']:.2f}", f"{again:.2f}", f"{units:.1f}{fits}", str(whole)])
     head = ("method", "printed, GB/token", "formula, GB/token", "layers that the printed bytes are", "layers of the formula")
-    note = f"((n - 1) d + L) layers of {layer} GB by the printed accepted length. {results.paper['bytes_per_token']['where']}."
+    note = f"((n - 1) d + L) layers of {layer} GB over the printed accepted length. {results.paper['bytes_per_token']['where']}."
     return Sheet("The paper's table 4 and its formula", head, lines, note)
 
 
@@ -450,7 +450,7 @@ def memory(results: Results) -> list[Sheet]:
             continue
         formula, ledger = record["formula_parts"], record["ledger_parts"]
         parts = list(dict.fromkeys([*formula, *ledger]))
-        lines = [[part, *(amount(held[part]) if part in held else "-" for held in (formula, ledger)), ""] for part in parts]
+        lines = [[part, *(amount(column[part]) if part in column else "-" for column in (formula, ledger)), ""] for part in parts]
         total = ["all", amount(sum(formula.values())), amount(record["ledger"]), amount(record["process"])]
         note = (
             f"Of KV caches and activations, the tree's nodes take {amount(record['tree'])} by the formula. The ledger is "

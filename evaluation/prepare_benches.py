@@ -136,9 +136,9 @@ def read_from_folder(name: str, bench: Bench, folder: Path) -> str:
     source = folder / question_file_name(name)
     check_structure(name, source, bench)
     content = source.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != bench.sha256:
-        raise CatsError(f"{source} has the sha256 {found}, the official file {bench.sha256}; fetch it again.")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != bench.sha256:
+        raise CatsError(f"{source} has the sha256 {digest}, the official file {bench.sha256}; fetch it again.")
     return content.decode("utf-8")
 
 

@@ -20,13 +20,13 @@ LAYERS = 32
 
 def published() -> dict[str, Any]:
     """The whole file."""
-    found: dict[str, Any] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return content
 
 
-def paper_rows(found: Mapping[str, Any], model: str, decoding: str) -> list[dict[str, Any]]:
+def paper_rows(content: Mapping[str, Any], model: str, decoding: str) -> list[dict[str, Any]]:
     """The CATS paper's rows of its tables 1 and 2 on a model; `decoding` is "greedy" or "relaxed"."""
-    return [row for row in found["rows"] if (row.get("model"), row.get("decoding")) == (model, decoding)]
+    return [row for row in content["rows"] if (row.get("model"), row.get("decoding")) == (model, decoding)]
 
 
 def layer_units(row: Mapping[str, Any], layer_gb: float) -> float:
@@ -40,16 +40,17 @@ def recomputed_gb(row: Mapping[str, Any], layer_gb: float) -> float:
     return (paper_bytes_per_token(shape, row["accepted_length"]) or 0.0) / 1e9
 
 
-def published_table(found: Mapping[str, Any]) -> str:
+def published_table(content: Mapping[str, Any]) -> str:
     """One row per method and source, best first within a source; then where the figures stand. Of CATS, the greedy rows of table 1."""
     lines = [["source", "method", *(TITLES[bench] for bench in BENCHES), "mean"]]
-    for source, about in found["sources"].items():
-        rows = paper_rows(found, "vicuna-7b", "greedy") if source == "cats" else [row for row in found["rows"] if row["source"] == source]
+    for source, about in content["sources"].items():
+        own = [row for row in content["rows"] if row["source"] == source]
+        rows = paper_rows(content, "vicuna-7b", "greedy") if source == "cats" else own
         for row in sorted(rows, key=lambda row: -row["accepted_length"]["spec"]):
             lengths = [row["accepted_length"].get(bench) for bench in BENCHES] + [row.get("mean")]
             lines.append([about["name"], row["method"], *("-" if length is None else f"{length:.2f}" for length in lengths)])
     head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-    places = "; ".join(f"{about['name']}: {about['where']}" for about in found["sources"].values())
+    places = "; ".join(f"{about['name']}: {about['where']}" for about in content["sources"].values())
     return "\n".join([head, "|---" * len(lines[0]) + "|", *body]) + f"\n\n{places}.\n"
 
 

@@ -72,9 +72,9 @@ def fields_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> tuple
 def expected_numbers(questions: Mapping[QuestionId, Question], source: Path, references: Path | None) -> dict[QuestionId, Fraction]:
     """The right numbers by question: the question file's references, or those of a file in GSM8K's layout, found by the text."""
     if references is None:
-        found = {place: question.reference[-1] for place, question in questions.items() if question.reference and question.reference[-1]}
-        require(bool(found), f"{source} holds no 'reference'; give GSM8K's own file (lines with 'question' and 'answer') by --references.")
-        return {place: number_of(text, f"the reference of question {place!r} in {source}") for place, text in found.items()}
+        given = {place: question.reference[-1] for place, question in questions.items() if question.reference and question.reference[-1]}
+        require(bool(given), f"{source} holds no 'reference'; give GSM8K's own file (lines with 'question' and 'answer') by --references.")
+        return {place: number_of(text, f"the reference of question {place!r} in {source}") for place, text in given.items()}
     answers: dict[str, Fraction] = {}
     for where, row in read_rows(references):
         question, answer = fields_of(row, ("question", "answer"), where)
@@ -109,11 +109,11 @@ def grade_numbers(answers: Answers, expected: Mapping[QuestionId, Fraction]) -> 
     items: list[Record] = []
     for place, turns in answers.turns.items():
         if place in expected:
-            found = final_number(turns[-1])
-            about = {"question_id": place, "found": None if found is None else str(found), "expected": str(expected[place])}
-            items.append(about | {"right": found == expected[place]})
+            number = final_number(turns[-1])
+            about = {"question_id": place, "actual": None if number is None else str(number), "expected": str(expected[place])}
+            items.append(about | {"right": number == expected[place]})
     require(bool(items), f"none of the {len(answers.turns)} answers in {answers.path} has a reference; give those of its questions.")
-    counts = {"no_number": sum(item["found"] is None for item in items), "without_reference": len(answers.turns) - len(items)}
+    counts = {"no_number": sum(item["actual"] is None for item in items), "without_reference": len(answers.turns) - len(items)}
     return graded("exact_match", items, answers) | counts | {"items": items}
 
 
@@ -189,30 +189,30 @@ def grade(args: argparse.Namespace) -> dict[str, Any]:
     answers = read_answers(args.answers)
     source, questions = find_questions(answers, args.questions)
     if args.bench == "gsm8k":
-        found = grade_numbers(answers, expected_numbers(questions, source, args.references))
+        grades = grade_numbers(answers, expected_numbers(questions, source, args.references))
         extra = args.references and {"references": sha256(args.references)}
     else:
         require(args.timeout > 0, f"--timeout is {args.timeout}; it must be above 0.")
         require(args.memory_mb >= 64, f"--memory-mb is {args.memory_mb}; Python needs at least 64.")
         sandbox = Sandbox(args.timeout, args.memory_mb << 20, allow_network=args.allow_network, allow_writes=args.allow_writes)
         tests, walls = read_tests(args.tests), check_sandbox(sandbox)
-        found = grade_programs(answers, questions, tests, sandbox)
+        grades = grade_programs(answers, questions, tests, sandbox)
         extra = {"tests": sha256(args.tests), "sandbox": {"seconds": args.timeout, "memory_mb": args.memory_mb, **walls}}
     made_of = {"model_id": answers.model_id, "answers": sha256(args.answers), "questions": sha256(source), **(extra or {})}
-    return {"bench": args.bench, **found, "made_of": made_of}
+    return {"bench": args.bench, **grades, "made_of": made_of}
 
 
-def report(found: Mapping[str, Any]) -> str:
+def report(grades: Mapping[str, Any]) -> str:
     """The outcome in a few words."""
-    name, title = ("exact_match", "exact match") if found["bench"] == "gsm8k" else ("pass_at_1", "pass@1")
-    low, high = found["interval"]
-    text = f"{title} {found[name]:.1%} ({low:.1%} to {high:.1%}), {found['right']} of {found['answers']}"
-    if found["bench"] == "gsm8k":
-        parts = [f"{found['no_number']} without a number", f"{found['without_reference']} without a reference, not counted"]
+    name, title = ("exact_match", "exact match") if grades["bench"] == "gsm8k" else ("pass_at_1", "pass@1")
+    low, high = grades["interval"]
+    text = f"{title} {grades[name]:.1%} ({low:.1%} to {high:.1%}), {grades['right']} of {grades['answers']}"
+    if grades["bench"] == "gsm8k":
+        parts = [f"{grades['no_number']} without a number", f"{grades['without_reference']} without a reference, not counted"]
     else:
-        parts = [f"{found['outcomes'][reason]} {reason}" for reason in REASONS[1:]]
-        parts += [f"{found['without_tests']} without tests, not counted"]
-    parts += [f"{found['cut_at_length']} cut at their length", f"{found['failed']} questions failed to be answered, not counted"]
+        parts = [f"{grades['outcomes'][reason]} {reason}" for reason in REASONS[1:]]
+        parts += [f"{grades['without_tests']} without tests, not counted"]
+    parts += [f"{grades['cut_at_length']} cut at their length", f"{grades['failed']} questions failed to be answered, not counted"]
     return f"{text}: {', '.join(parts)}\n"
 
 
@@ -220,12 +220,12 @@ def report(found: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, grade, write, report."""
     args = parse(argv)
-    found = grade(args)
+    grades = grade(args)
     from evaluation.timing import environment  # takes seconds to load, with torch, and --help should not
 
     output = args.output or args.answers.with_suffix(f".{args.bench}.json")
-    write_json(output, {**found, "environment": environment()})
-    sys.stdout.write(report(found))
+    write_json(output, {**grades, "environment": environment()})
+    sys.stdout.write(report(grades))
 
 
 if __name__ == "__main__":

@@ -187,13 +187,13 @@ def write_all(curve: Curve) -> None:
 
 def points_of(records: Sequence[Record], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One point a method and rule: speed, quality and likeness, with 90 % intervals by bootstrap over the questions."""
-    found = {key_of(record): record for record in records}
+    by_key = {key_of(record): record for record in records}
     points = []
     for label in settings["methods"]:
         for name, rule in settings["rules"].items():
             own = [record for record in records if (record["method"], record["rule"]) == (label, name)]
-            plain = [found.get((PLAIN, name, record["question_id"])) for record in own]
-            greedy = [found.get((PLAIN, GREEDY, record["question_id"])) for record in own]
+            plain = [by_key.get((PLAIN, name, record["question_id"])) for record in own]
+            greedy = [by_key.get((PLAIN, GREEDY, record["question_id"])) for record in own]
             same = sum(other is not None and record["ids"] == other["ids"] for record, other in zip(own, plain, strict=True))
             about = {"method": label, "rule": name, "lossless": is_lossless(rule), "answers": len(own)}
             points.append(about | figures_of(own, greedy) | {"as_plain": same if is_lossless(rule) else None})

@@ -131,8 +131,8 @@ class Run:
 
     def questions(self, count: int) -> list[Question]:
         """So many questions of MT-bench, first turns only."""
-        found = spread_questions(read_questions(resolve_bench(CYCLE_BENCH).path), count)
-        return [replace(question, turns=question.turns[:1]) for question in found]
+        questions = spread_questions(read_questions(resolve_bench(CYCLE_BENCH).path), count)
+        return [replace(question, turns=question.turns[:1]) for question in questions]
 
     def memory(self, entry: Entry, budget: int) -> MemoryOptions | None:
         """The options of a load under a budget of weights; None where it does not hold the method."""
@@ -158,21 +158,21 @@ def known_adapters(args: argparse.Namespace, brought: Mapping[str, Path]) -> tup
         raise CatsError("give both --draft-adapter-path and --shallow-adapter-path, or --adapters FOLDER, and not both kinds.")
     if paths:
         exits = {role: given[role][1] or exit_of(path) for role, path in paths.items()}
-        found = {exits[role]: path for role, path in paths.items()}
+        adapters = {exits[role]: path for role, path in paths.items()}
     else:
         folder = Path(args.adapters) if args.adapters is not None else next((path.parent for path in brought.values()), None)
         if folder is None:
             return {}, None
-        found = {layer: places[0] for layer, places in adapters_in(folder).items()}
+        adapters = {layer: places[0] for layer, places in adapters_in(folder).items()}
         usual = {role: exit_of(path) for role, path in brought.items()} if args.adapters is None else {}
-        first, *others = [*found, None, None]
+        first, *others = [*adapters, None, None]
         exits = {"draft": given["draft"][1] or usual.get("draft", first), "shallow": given["shallow"][1] or usual.get("shallow", others[0])}
     for role, layer in exits.items():
-        if layer not in found:
-            raise CatsError(f"there is no {role} adapter of exit {layer}; there are those of {', '.join(map(str, found)) or 'no exit'}.")
+        if layer not in adapters:
+            raise CatsError(f"there is no {role} adapter of exit {layer}; there are those of {', '.join(map(str, adapters)) or 'no exit'}.")
     if exits["draft"] >= exits["shallow"]:
         raise CatsError(f"the draft exit {exits['draft']} is not before the shallow exit {exits['shallow']}; exchange them.")
-    return dict(sorted(found.items())), (exits["draft"], exits["shallow"])
+    return dict(sorted(adapters.items())), (exits["draft"], exits["shallow"])
 
 
 @contextmanager
@@ -232,8 +232,8 @@ def fill_memory(run: Run, labels: Sequence[str]) -> None:
             ring=None if memory is None else memory.ring_buffers,
         )
         fits = budget is None or memory is not None
-        found = in_child(request) if fits else {"refused": f"{label} does not fit {budget} bytes of weights"}
-        append_record(records, {"method": label, "budget": budget, **found})
+        parts = in_child(request) if fits else {"refused": f"{label} does not fit {budget} bytes of weights"}
+        append_record(records, {"method": label, "budget": budget, **parts})
 
 
 @dataclass(frozen=True)
@@ -325,9 +325,9 @@ def read_results(run: Run) -> Results:
         rows = json.loads((output / "acceptance.json").read_text(encoding="utf-8"))["rows"]
     cells, memory = read_cells(output / "cycles.cells"), read_records(output / "memory.records.jsonl")
     context = [cell for folder in sorted(output.glob("context.cells/*")) for cell in read_cells(folder)]
-    for name, found in (("cycles", cells), ("memory", memory), ("context", context)):
-        if found:
-            write_json(output / f"{name}.json", {"cells": found, "environment": environment()})
+    for name, content in (("cycles", cells), ("memory", memory), ("context", context)):
+        if content:
+            write_json(output / f"{name}.json", {"cells": content, "environment": environment()})
     quality = output / "quality.json"
     about = json.loads(quality.read_text(encoding="utf-8")) if quality.exists() else None
     return Results(run, rows, cells, about, memory, context)

@@ -107,7 +107,7 @@ def rewrite_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically, indented, with lists of plain numbers on one line."""
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    text = re.sub(r"\[\n\s+(-?[\d.eE+-]+(?:,\n\s+-?[\d.eE+-]+)*)\n\s+\]", lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
+    text = re.sub(r"\[\n\s+(-?[\d.eE+-]+(?:,\n\s+-?[\d.eE+-]+)*)\n\s+\]", lambda match: "[" + re.sub(r"\s+", " ", match[1]) + "]", text)
     with _naming(path):
         write_atomically(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
 

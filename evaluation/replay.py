@@ -211,7 +211,7 @@ class ReplayedNested(Replayed, Nested):
 
     def __init__(self, config: NestedConfig, schedule: Schedule, model: CatsModel):
         check_replayable(config)
-        super().__init__(config, build_method(config, model).held)
+        super().__init__(config, build_method(config, model).resources)
         self.schedule = schedule
 
 

@@ -67,7 +67,7 @@ DEFAULT_BUDGETS = (85_000_000, 151_000_000, 184_000_000)
 DEFAULT_WIRES = (Wire(None, TURNS), Wire(500e6, TURNS), Wire(100e6, 2))
 TABLE_1 = (PLAIN, "prompt_lookup", *paper_tables.PAPER_METHODS.values())
 CONTRASTED = ("kangaroo", "eagle_self_tree", "cascade_chain", "cascade_tree")
-HELD = (PLAIN, "cascade_tree")
+MEMORY_METHODS = (PLAIN, "cascade_tree")
 PAPER_BUDGETS_GB = (2, 6, 8)
 VICUNA_GB = {"head": 0.262144, "adapters": 2 * 0.134234, "layers": 32 * 0.404767}
 """Weights of Vicuna-7B in float16, and of two adapters."""
@@ -166,9 +166,9 @@ def contrasted(run: Run) -> None:
     fill_quality(run, [label for label in CONTRASTED if run.can(label)] or ["prompt_lookup"])
 
 
-def held(run: Run) -> list[str]:
+def memory_methods(run: Run) -> list[str]:
     """Whose memory and context is looked at."""
-    return [label for label in HELD if run.can(label)]
+    return [label for label in MEMORY_METHODS if run.can(label)]
 
 
 EXPERIMENTS = {
@@ -197,7 +197,7 @@ EXPERIMENTS = {
     ),
     "memory": Experiment(
         "Memory and context",
-        fills=(lambda run: fill_memory(run, held(run)), lambda run: fill_context(run, held(run))),
+        fills=(lambda run: fill_memory(run, memory_methods(run)), lambda run: fill_context(run, memory_methods(run))),
         sheets=paper_tables.memory,
         figures={"": paper_figures.memory_figure, "_context": paper_figures.context_figure},
     ),
@@ -222,7 +222,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="+", choices=(*EXPERIMENTS, "all"), metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}, all")
     group = parser.add_argument_group("model")
     add_place_flags(group)
-    group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="that weights are held in (default: as config.json says)")
+    group.add_argument("--dtype", default="auto", choices=(*DTYPES, "auto"), help="of the weights in memory (default: as config.json says)")
     group.add_argument(
         "--device", help="cpu, cuda, ... (default: cuda where there is some, else cpu); streamed weights are measured on a cpu"
     )
@@ -309,10 +309,10 @@ def runs_here(label: str, config: Any, adapted: bool, asked: bool) -> bool:
 
 def fill(run: Run, experiments: Sequence[Experiment]) -> None:
     """Measure whatever these experiments need; what they need in one place, in turns."""
-    for benches, labels, exits in (found for experiment in experiments for found in experiment.lengths(run)):
+    for benches, labels, exits in (needed for experiment in experiments for needed in experiment.lengths(run)):
         fill_lengths(run, benches, [label for label in labels if run.can(label)], exits)
     wanted: dict[tuple[Place, int], dict[str, Entry]] = {}
-    for place, label, exits, turns in (found for experiment in experiments for found in experiment.turns(run)):
+    for place, label, exits, turns in (needed for experiment in experiments for needed in experiment.turns(run)):
         if run.can(label):
             entries = wanted.setdefault((place, turns), {PLAIN: run.entry(PLAIN)})
             entry = run.entry(label, exits)

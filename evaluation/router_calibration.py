@@ -40,7 +40,7 @@ Timed = tuple[str, float, float]
 
 def acceptance_of(judged: Sequence[Judged]) -> dict[str, Any]:
     """By level: tokens, what was expected and what came of it, in bins of what was expected; the mean distance, weighted by tokens."""
-    found = {}
+    levels = {}
     for level in sorted({level for level, _, _ in judged}):
         own = [(said, taken) for whose, said, taken in judged if whose == level]
         bins = []
@@ -49,22 +49,22 @@ def acceptance_of(judged: Sequence[Judged]) -> dict[str, Any]:
             if inside:
                 expected, true = statistics.fmean(said for said, _ in inside), statistics.fmean(taken for _, taken in inside)
                 bins.append({"tokens": len(inside), "expected": expected, "true": true})
-        found[level] = {
+        levels[level] = {
             "tokens": len(own),
             "expected": statistics.fmean(said for said, _ in own),
             "true": statistics.fmean(taken for _, taken in own),
             "calibration_error": sum(row["tokens"] * abs(row["expected"] - row["true"]) for row in bins) / len(own),
             "bins": bins,
         }
-    return found
+    return levels
 
 
 def times_of(timed: Sequence[Timed]) -> dict[str, Any]:
     """By kind of pass: how many, mean seconds, the median share by which predictions were off, and their sum over that of the passes."""
-    found = {}
+    kinds = {}
     for kind in sorted({kind for kind, _, _ in timed}):
         own = [(predicted, seconds) for whose, predicted, seconds in timed if whose == kind]
-        found[kind] = {
+        kinds[kind] = {
             "passes": len(own),
             "mean_seconds": statistics.fmean(seconds for _, seconds in own),
             "median_error": statistics.median(abs(predicted - seconds) / seconds for predicted, seconds in own),
@@ -73,7 +73,7 @@ def times_of(timed: Sequence[Timed]) -> dict[str, Any]:
             ),
             "predicted_over_measured": sum(predicted for predicted, _ in own) / sum(seconds for _, seconds in own),
         }
-    return found
+    return kinds
 
 
 def cycles_of(traces: Sequence[StepTrace]) -> dict[str, Any]:
@@ -96,9 +96,9 @@ def draw(result: dict[str, Any], timed: Sequence[Timed], path: Path) -> None:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="#797979", linewidth=0.8)
-    for mark, (level, found) in zip(MARKS, result["acceptance"].items(), strict=False):
-        bins = [row for row in found["bins"] if row["tokens"] >= DRAWN]
-        label = f"{level}, {found['tokens']} tokens"
+    for mark, (level, figures) in zip(MARKS, result["acceptance"].items(), strict=False):
+        bins = [row for row in figures["bins"] if row["tokens"] >= DRAWN]
+        label = f"{level}, {figures['tokens']} tokens"
         left.plot([row["expected"] for row in bins], [row["true"] for row in bins], marker=mark, label=label)
     left.set(xlabel="chance that the router gave", ylabel="share that the target took", xlim=(0, 1), ylim=(0, 1))
     for mark, kind in zip(MARKS, result["times"], strict=False):
@@ -115,13 +115,13 @@ def draw(result: dict[str, Any], timed: Sequence[Timed], path: Path) -> None:
 def report(result: dict[str, Any]) -> str:
     """The outcome in words."""
     lines = ["acceptance       tokens  expected      true  mean distance in bins"]
-    for level, found in result["acceptance"].items():
-        figures = f"{found['tokens']:6d} {found['expected']:9.3f} {found['true']:9.3f} {found['calibration_error']:9.3f}"
+    for level, row in result["acceptance"].items():
+        figures = f"{row['tokens']:6d} {row['expected']:9.3f} {row['true']:9.3f} {row['calibration_error']:9.3f}"
         lines.append(f"  {level:14s} {figures}")
     lines.append("seconds          passes   mean ms  median error  of the second half  predicted / measured")
-    for kind, found in result["times"].items():
-        errors = f"{found['median_error']:13.1%} {found['median_error_second_half']:19.1%} {found['predicted_over_measured']:21.3f}"
-        lines.append(f"  {kind:14s} {found['passes']:6d} {1e3 * found['mean_seconds']:9.2f} {errors}")
+    for kind, row in result["times"].items():
+        errors = f"{row['median_error']:13.1%} {row['median_error_second_half']:19.1%} {row['predicted_over_measured']:21.3f}"
+        lines.append(f"  {kind:14s} {row['passes']:6d} {1e3 * row['mean_seconds']:9.2f} {errors}")
     cycles = result["cycles"]
     shares = f"deciding takes {cycles['decision_share']:.2%} of a cycle, drafting {cycles['draft_share']:.1%}"
     return "\n".join([*lines, f"{cycles['cycles']} cycles, accepted length {cycles['accepted_length']:.2f}; {shares}"]) + "\n"
@@ -173,10 +173,10 @@ def answer_all(
     judged: list[Judged] = []
     timed: list[Timed] = []
     traces: list[StepTrace] = []
-    held: Opened = build_method(method, subject.model).held
+    opened: Opened = build_method(method, subject.model).resources
     for _, question in live_bar(asked, desc=f"{len(asked)} questions", unit="question"):
         traces += subject.answer(subject.text.prompt_ids(question.turns[0]), method, config).traces
-        for seen, kept in ((held.router.judged, judged), (held.router.timed, timed)):
+        for seen, kept in ((opened.router.judged, judged), (opened.router.timed, timed)):
             kept.extend(seen)  # type: ignore[arg-type]
             seen.clear()
     if not any(not trace.prefill for trace in traces):

@@ -97,8 +97,8 @@ def check_sandbox(sandbox: Sandbox) -> dict[str, Any]:
         )
     if tried.kind != PASSED:
         raise CatsError(f"an empty program does not run in the sandbox: {tried.kind} {tried.detail}; give it more --timeout or --memory.")
-    found = json.loads(tried.detail)
-    return {"network namespace": not sandbox.allow_network, "files by Landlock": found["files"], "filter of calls": found["processes"]}
+    walls = json.loads(tried.detail)
+    return {"network namespace": not sandbox.allow_network, "files by Landlock": walls["files"], "filter of calls": walls["processes"]}
 
 
 def run_program(program: str | None, test: str, entry_point: str, sandbox: Sandbox) -> Outcome:
@@ -163,9 +163,9 @@ def verdict_of(reading: int, secret: str) -> Outcome | None:
         return None
     for line in said.decode("utf-8", "replace").split("\n"):
         try:
-            found = json.loads(line)
+            verdict = json.loads(line)
         except ValueError:
             continue
-        if isinstance(found, dict) and found.get("secret") == secret:
-            return Outcome(str(found["outcome"]), str(found["detail"]))
+        if isinstance(verdict, dict) and verdict.get("secret") == secret:
+            return Outcome(str(verdict["outcome"]), str(verdict["detail"]))
     return None

@@ -37,13 +37,13 @@ def measure(subject: Subject, method: cats.MethodConfig, question: Question, tok
     built = cats.build_method(method, model)
     first = cats.generate(model, text.prompt_ids(asked), built, cats.GenerationConfig(max_new_tokens=tokens), stop=text.stop(), kept=kept)
     asked += [{"role": "assistant", "content": text.answer(first.ids)}, {"role": "user", "content": question.turns[1]}]
-    prompt, found = text.prompt_ids(asked), {}
+    prompt, answers = text.prompt_ids(asked), {}
     for name in WAYS if kept_first else reversed(WAYS):
-        found[name] = cats.generate(model, prompt, built, one, kept=kept if name == "kept" else None)
+        answers[name] = cats.generate(model, prompt, built, one, kept=kept if name == "kept" else None)
     kept.close()
-    if found["kept"].ids != found["from_nothing"].ids:
+    if answers["kept"].ids != answers["from_nothing"].ids:
         raise RuntimeError(f"question {question.question_id}: kept caches change the first token of the second turn")
-    reads = {name: {"rows": answer.traces[0].prompt_rows, "seconds": answer.traces[0].seconds.total} for name, answer in found.items()}
+    reads = {name: {"rows": answer.traces[0].prompt_rows, "seconds": answer.traces[0].seconds.total} for name, answer in answers.items()}
     return {"question_id": question.question_id, "prompt": len(prompt), **reads}
 
 

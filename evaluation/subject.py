@@ -78,9 +78,9 @@ class Subject:
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """The dtypes that the base's weights are held in and computed in, by name."""
+        """The dtypes of the base's weights and of its arithmetic, by name."""
         base = self.model.base
-        return {"held": str(base.held_dtype).removeprefix("torch."), "computed": str(base.dtype).removeprefix("torch.")}
+        return {"weights": str(base.weight_dtype).removeprefix("torch."), "computed": str(base.dtype).removeprefix("torch.")}
 
     @property
     def _plan(self) -> MemoryPlan:
@@ -100,16 +100,16 @@ class Subject:
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes held of parts that the exact model does not need: a copy of the layers that was made to draft with."""
-        return sum(piece.held for piece in self._plan.pinned if not EXACT.needs(piece))
+        """Resident bytes of parts that the exact model does not need: a copy of the layers that was made to draft with."""
+        return sum(piece.resident_bytes for piece in self._plan.pinned if not EXACT.needs(piece))
 
     def _layer_bytes(self, view: View) -> int:
         """Bytes of a layer that a pass of the view reads, on average; where exact parts stand for coarse ones, theirs."""
         plan, sizes = self._plan, self._sizes
         used = [piece for piece in sizes.pieces if view.needs(piece) and (view == EXACT or piece in plan.pinned)]
-        found = {(piece.layer, piece.matrix) for piece in used}
-        used += [piece for piece in sizes.pieces if EXACT.needs(piece) and (piece.layer, piece.matrix) not in found]
-        return sizes.other_layer_bytes + sum(piece.held for piece in used) // sizes.layers
+        matrices = {(piece.layer, piece.matrix) for piece in used}
+        used += [piece for piece in sizes.pieces if EXACT.needs(piece) and (piece.layer, piece.matrix) not in matrices]
+        return sizes.other_layer_bytes + sum(piece.resident_bytes for piece in used) // sizes.layers
 
     def shape(self, method: MethodConfig) -> ModelShape:
         """What the cost formulas of metrics.py need to know for this method."""
@@ -170,7 +170,7 @@ def subject_settings(args: argparse.Namespace, model: ChosenModel, memory: Memor
 def memory_record(memory: MemoryOptions) -> dict[str, Any]:
     """The options as JSON can hold them, but for what follows from the method."""
     views = [{name: plain(value) for name, value in dataclasses.asdict(view).items()} for view in memory.views]
-    return {name: value for name, value in dataclasses.asdict(memory).items() if name != "held_bytes"} | {"views": views}
+    return {name: value for name, value in dataclasses.asdict(memory).items() if name != "method_bytes"} | {"views": views}
 
 
 def plain(value: Any) -> Any:

@@ -60,13 +60,13 @@ class Reference:
     """A checkpoint as plain transformers runs it, loaded when it is first asked for something that `answers` does not hold.
 
     Attributes:
-        held, compute: the dtype that weights are rounded to, and the one that they are computed in.
+        dtype, compute: the dtype that weights are rounded to, and the one that they are computed in.
         end_token_ids: that end an answer.
         answers: records file of its answers, which every comparison with the same reference may share; None: they are made each time.
     """
 
     directory: Path
-    held: torch.dtype
+    dtype: torch.dtype
     compute: torch.dtype
     device: torch.device
     end_token_ids: Sequence[int]
@@ -85,14 +85,15 @@ class Reference:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides an answer, the prompt left out."""
-        names = {name: str(getattr(self, name)).removeprefix("torch.") for name in ("held", "compute")}
+        # "held", the weight dtype, is a key of the answers that are kept.
+        names = {name: str(dtype).removeprefix("torch.") for name, dtype in (("held", self.dtype), ("compute", self.compute))}
         ends = {"end_token_ids": sorted(self.end_token_ids), "transformers": str(transformers.__version__)}
         return {"weights": weights_fingerprint(self.directory), "device": self.device.type, **names, **ends}
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """transformers' own."""
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.directory, dtype=self.held)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.directory, dtype=self.dtype)
         model: PreTrainedModel = loaded.to(self.device, self.compute).eval()  # type: ignore[arg-type]
         # The checkpoint's own generation settings (penalties, a length) must not mix in.
         model.generation_config = TransformersConfig(**self._ends)

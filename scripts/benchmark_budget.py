@@ -55,7 +55,7 @@ TITLES = {
 REFERENCE = "plain"
 COLUMNS = (
     *("engine", "tokens/s, median (range)", "against our plain", "tokens/pass", "GB read/token", "peak GB", "group's peak GB"),
-    *("arithmetic", "draft + shallow + target, s a pass", "of it waiting", "bound, s a pass", "by its bound"),
+    *("arithmetic", "draft + shallow + target, s a pass", "of it waiting", "bound, s a pass", "times its bound"),
 )
 MEASURED_BYTES = 256 << 20
 """Of memory, read to find its rate; more than any cache holds."""
@@ -138,7 +138,7 @@ def summarise(records: Sequence[dict[str, Any]], engines: Sequence[str], replaye
             bounds = [bound_seconds(record) for record in good]
             row["bound_seconds"] = statistics.median(bounds)
             above = [run["seconds_per_step"] / bound for run, bound in zip(good, bounds, strict=True) if bound]
-            row["by_bound"] = statistics.median(above) if above else None
+            row["times_bound"] = statistics.median(above) if above else None
             row |= {name: statistics.median(record[name] for record in good) for name in ("wire_bytes_per_s", "memory_bytes_per_s")}
             pairs = [speeds[engine, r["repeat"]] / speeds[REFERENCE, r["repeat"]] for r in good if (REFERENCE, r["repeat"]) in speeds]
             row["against_plain"] = statistics.median(pairs) if pairs else None
@@ -177,7 +177,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             else f"{row['seconds_per_step']:.3f}",
             f"{stages['stream_wait']:.3f}" if stages else "-",
             f"{row['bound_seconds']:.3f}",
-            "-" if row["by_bound"] is None else f"{row['by_bound']:.2f}",
+            "-" if row["times_bound"] is None else f"{row['times_bound']:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -195,7 +195,7 @@ def rate_of(args: argparse.Namespace) -> float | None:
 def report(args: argparse.Namespace, request: Request, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     """The Markdown file."""
     budget = "no limit" if request.budget_bytes is None else f"{request.budget_bytes / 1e9:g} GB for the whole process"
-    enforced = "held by a memory control group, page cache included" if not args.no_limit else "NOT enforced from outside (--no-limit)"
+    enforced = "enforced by a memory control group, page cache included" if not args.no_limit else "NOT enforced from outside (--no-limit)"
     rate = rate_of(args)
     flash = "the disk as it is" if rate is None else f"emulated {rate_text(rate)} for every engine, by the kernel"
     replay = "".join(
@@ -232,7 +232,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-limit", action="store_true", help="do not enforce the budget from outside (control groups need root)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each engine (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that one run may take (default: %(default)s)")
-    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="auto", help="that our weights are held in (default: as stored)")
+    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="auto", help="of our weights in memory (default: as stored)")
     arithmetic = "of our arithmetic and caches (default: float32)"
     parser.add_argument("--compute-dtype", choices=(*DTYPES, "auto"), default="auto", help=arithmetic)
     parser.add_argument("--positions", type=int, help="that our caches are made for (default: what a run needs)")

@@ -65,7 +65,7 @@ def load_subject(place: ChosenModel, arguments: argparse.Namespace, threads: int
     """Load everything once."""
     model = cats.load(place.directory, place.adapters)
     prompts = [model.text.prompt_ids(question) for question in QUESTIONS]
-    engines: list[PassEngine] = [Ours(model, f"ours, {str(model.base.held_dtype).removeprefix('torch.')} weights")]
+    engines: list[PassEngine] = [Ours(model, f"ours, {str(model.base.weight_dtype).removeprefix('torch.')} weights")]
     engines += [Transformers(place.directory), *(LlamaCpp(path, threads) for path in arguments.gguf)]
     return Subject(model, engines, prompts, cats.GenerationConfig(max_new_tokens=arguments.new_tokens, eos_token_ids=()))
 
@@ -95,8 +95,8 @@ def plain_decoding(subject: Subject, repeats: int) -> dict[str, Any]:
         for engine in subject.engines:
             for prompt in subject.prompts:
                 seconds[engine.name].append(seconds_of(lambda: engine.greedy(prompt, subject.config.max_new_tokens)))  # noqa: B023
-    rates = {name: subject.config.max_new_tokens / statistics.median(found) for name, found in seconds.items()}
-    same = {name: sum(one == other for one, other in zip(found, answers[theirs], strict=True)) for name, found in answers.items()}
+    rates = {name: subject.config.max_new_tokens / statistics.median(times) for name, times in seconds.items()}
+    same = {name: sum(one == other for one, other in zip(own, answers[theirs], strict=True)) for name, own in answers.items()}
     return {name: {"tokens_per_s": rates[name], "answers_equal_to_transformers": same[name], "of": len(subject.prompts)} for name in rates}
 
 

@@ -33,14 +33,14 @@ QUIET_SECONDS = 0.1
 
 def matrices(places: dict[str, TensorPlace]) -> list[Streamed]:
     """The matrices of the decoder layers, in the order of use."""
-    found = []
+    ordered = []
     for name, place in places.items():
         match = re.search(r"(?:^|\.)layers\.(\d+)\..*?(\w+)\.weight$", name)
         if match and match[2] in EXECUTION_ORDER:
-            found.append((int(match[1]), EXECUTION_ORDER.index(match[2]), Streamed(name, place)))
-    if not found:
+            ordered.append((int(match[1]), EXECUTION_ORDER.index(match[2]), Streamed(name, place)))
+    if not ordered:
         raise CatsError("the checkpoint has no matrices of decoder layers; give the directory of a Llama model in safetensors.")
-    return [streamed for _, _, streamed in sorted(found, key=lambda item: item[:2])]
+    return [streamed for _, _, streamed in sorted(ordered, key=lambda item: item[:2])]
 
 
 def streamed_rate(streamer: Streamer) -> float:

@@ -153,8 +153,8 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
         "compute_seconds": statistics.median(computes),
         "front_seconds": statistics.median(trace.seconds["draft"] + trace.seconds["shallow"] for trace in traces),
         "bound_tokens_per_second": tokens / sum(bounds),
-        "cycle_by_bound": statistics.median(trace.seconds.total / bound for trace, bound in zip(traces, bounds, strict=True)),
-        "cycle_by_model": statistics.median(trace.seconds.total / model for trace, model in zip(traces, models, strict=True)),
+        "cycle_times_bound": statistics.median(trace.seconds.total / bound for trace, bound in zip(traces, bounds, strict=True)),
+        "cycle_times_model": statistics.median(trace.seconds.total / model for trace, model in zip(traces, models, strict=True)),
         "overhead_share": statistics.median(1 - trace.seconds["compute"] / trace.seconds.total for trace in traces),
         "hidden_drafting": hidden_drafting(traces),
         "ring_bytes": contender.source.plan.ring_bytes,
@@ -165,14 +165,14 @@ def figures_of(contender: Contender, bandwidth: float) -> dict[str, Any]:
 def table(methods: dict[str, dict[str, Any]]) -> str:
     """The result in Markdown."""
     lines = [
-        "| method | accepted length | tokens/s | against plain | by accepted length | streamed a cycle | cycle, s | by its bound | "
-        "by its model | overhead |",
+        "| method | accepted length | tokens/s | against plain | over accepted length | streamed a cycle | cycle, s | times its bound | "
+        "times its model | overhead |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {label} | {row['accepted_length']:.2f} | {row['tokens_per_second']:.2f} | {row['speed_up']:.2f} x | "
         f"{row['speed_up'] / row['accepted_length']:.2f} | {amount(int(row['streamed_bytes_per_cycle']))} | {row['cycle_seconds']:.3f} | "
-        f"{row['cycle_by_bound']:.2f} | {row['cycle_by_model']:.2f} | {row['overhead_share']:.1%} |"
+        f"{row['cycle_times_bound']:.2f} | {row['cycle_times_model']:.2f} | {row['overhead_share']:.1%} |"
         for label, row in methods.items()
     ]
     return "\n".join(lines) + "\n"

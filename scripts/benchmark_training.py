@@ -96,17 +96,17 @@ class Benchmark:
             FULL: self.step_of(self.text, 0, batch),
             STORED: self.step_of(self.store(), self.run.samples, batch),
         }
-        found: dict[str, list[float]] = {name: [] for name in actions}
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
         bar = live_bar([(turn, name) for turn in range(self.arguments.rounds + 1) for name in actions], desc="cases", unit="step")
         for turn, name in bar:
             taken = seconds_of(actions[name])
             if turn:
-                found[name].append(taken)
-        return found
+                seconds[name].append(taken)
+        return seconds
 
     def normaliser(self) -> dict[str, dict[str, float]]:
         """Per exit: the mean loss with the full and the sampled normaliser, and the cosine between their gradients."""
-        batch, found = self.batch(), {}
+        batch, figures = self.batch(), {}
         adapters = self.adapters(batch)
         for exit_layer, adapter in live_bar(adapters.items(), desc="normaliser", unit="exit"):
             losses, gradients = [], []
@@ -118,8 +118,8 @@ class Benchmark:
                 losses.append(float(loss.detach()))
             cosine = float(torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0))
             difference = losses[1] - losses[0]
-            found[str(exit_layer)] = {"full": losses[0], "sampled": losses[1], "difference": difference, "gradient_cosine": cosine}
-        return found
+            figures[str(exit_layer)] = {"full": losses[0], "sampled": losses[1], "difference": difference, "gradient_cosine": cosine}
+        return figures
 
 
 class _OneBatch:
@@ -141,15 +141,15 @@ class _OneBatch:
 
 def speeds(seconds: dict[str, list[float]], tokens: int) -> dict[str, dict[str, Any]]:
     """Per case: tokens/s from the median of the rounds, and the median of its speed over another case's in the same round."""
-    found = {}
+    figures = {}
     for name, own in seconds.items():
         against = {
             other: statistics.median(theirs / mine for mine, theirs in zip(own, seconds[other], strict=True))
             for other in seconds
             if other != name
         }
-        found[name] = {"tokens_per_second": tokens / statistics.median(own), "seconds": own, "speed_over": against}
-    return found
+        figures[name] = {"tokens_per_second": tokens / statistics.median(own), "seconds": own, "speed_over": against}
+    return figures
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -187,11 +187,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise CatsError(f"{arguments.data_path} gives {len(benchmark.text)} rows of {arguments.length} tokens; lower --rows.")
         lengths = benchmark.text.lengths[: arguments.rows]
         counted = int(benchmark.text.rows.padded(np.arange(arguments.rows))[1].sum())
-        facts = {"model": model.name, "layers": read_config(model).num_hidden_layers, "exits": arguments.exit_layers}
-        facts |= {name: getattr(arguments, name) for name in ("block", "optimizer", "rows", "length", "rounds")}
-        facts |= {"tokens_per_step": int(lengths.sum()), "answer_tokens_per_step": counted}
-        facts |= {"topk": benchmark.run.topk, "samples": benchmark.run.samples}
-        result = facts | {"speed": speeds(benchmark.seconds(), int(lengths.sum())), "normaliser": benchmark.normaliser()}
+        settings = {"model": model.name, "layers": read_config(model).num_hidden_layers, "exits": arguments.exit_layers}
+        settings |= {name: getattr(arguments, name) for name in ("block", "optimizer", "rows", "length", "rounds")}
+        settings |= {"tokens_per_step": int(lengths.sum()), "answer_tokens_per_step": counted}
+        settings |= {"topk": benchmark.run.topk, "samples": benchmark.run.samples}
+        result = settings | {"speed": speeds(benchmark.seconds(), int(lengths.sum())), "normaliser": benchmark.normaliser()}
     result |= {"minutes": (time.monotonic() - begin) / 60, "environment": environment()}
     print(json.dumps(result, indent=1))
     if arguments.output:

@@ -153,11 +153,11 @@ def draw(records: Sequence[Record], labels: Sequence[str], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for place, label in enumerate(labels):
-        found = [(record["budget_bytes"] / 1e6, record["methods"][label]) for record in records if label in record["methods"]]
-        colour, budgets = COLOURS[place % len(COLOURS)], [budget for budget, _ in found]
-        speeds = [row["tokens_per_second"] for _, row in found]
+        points = [(record["budget_bytes"] / 1e6, record["methods"][label]) for record in records if label in record["methods"]]
+        colour, budgets = COLOURS[place % len(COLOURS)], [budget for budget, _ in points]
+        speeds = [row["tokens_per_second"] for _, row in points]
         axes.plot(budgets, speeds, marker=MARKS[place % len(MARKS)], color=colour, label=title_of(label))
-        axes.plot(budgets, [row["bound_tokens_per_second"] for _, row in found], linestyle="--", linewidth=1, color=colour)
+        axes.plot(budgets, [row["bound_tokens_per_second"] for _, row in points], linestyle="--", linewidth=1, color=colour)
     axes.plot([], [], linestyle="--", linewidth=1, color="black", label="bounds: the link, or the arithmetic")
     axes.set_xlabel(f"memory budget of weights, MB (link of {rate_text(records[0]['bandwidth'])})")
     axes.set_ylabel("tokens per second")

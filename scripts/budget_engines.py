@@ -74,7 +74,7 @@ def front_bytes(plan: MemoryPlan, config: MethodConfig, exits: dict[str, int]) -
         raise cats.CatsError("this plan does not know the sizes of its model; load the model anew.")
 
     def layers(first: int, last: int, view: View) -> int:
-        return sum(piece.held for piece in sizes.pieces if first <= piece.layer < last and view.needs(piece))
+        return sum(piece.resident_bytes for piece in sizes.pieces if first <= piece.layer < last and view.needs(piece))
 
     if isinstance(config, cats.NestedConfig):
         return config.steps * (layers(0, sizes.layers, COARSE) + sizes.lm_head_bytes)
@@ -145,8 +145,8 @@ def accelerate_offload(request: Request) -> Engine:
         for name, place in places.items()
         if any(module == "" or name.startswith(f"{module}.") for module in offloaded)
     }
-    held = {name: read_copy(place.path, name) for name, place in places.items() if name not in index}
-    model.load_state_dict(held, strict=False, assign=True)
+    tensors = {name: read_copy(place.path, name) for name, place in places.items() if name not in index}
+    model.load_state_dict(tensors, strict=False, assign=True)
     if offloaded:
         model = dispatch_model(model, device_map, main_device="cpu", offload_index=index)
     return greedy_loop(model, request, {"modules_offloaded": len(offloaded), "modules": len(device_map)})

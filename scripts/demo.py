@@ -89,7 +89,7 @@ class Stage:
 
 @dataclass
 class Figures:
-    """What one method did: a record an answer, and the most bytes that the process held meanwhile (None where that is not measured)."""
+    """What one method did: a record an answer, and the most bytes that the process took meanwhile (None where that is not measured)."""
 
     records: list[Record] = field(default_factory=list)
     peak: int | None = None
@@ -117,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.write(heading(stage))
     sys.stdout.flush()
     with heartbeat("warming up"):
-        held = warm_up(stage)
+        baseline = warm_up(stage)
     figures = answer_in_turns(stage, arguments.max_new_tokens)
-    sys.stdout.write(f"{table(figures)}\n\n{NOTE}\n{memory_note(stage, held)}\n\n")
+    sys.stdout.write(f"{table(figures)}\n\n{NOTE}\n{memory_note(stage, baseline)}\n\n")
     show(stage.text, PROMPTS[SHOWN_PROMPT], figures[SHOWN].records[SHOWN_PROMPT])
     plain = figures[PLAIN].records
     different = [name for name, own in figures.items() if metrics.identical_answers(own.records, plain) < len(PROMPTS)]
@@ -235,11 +235,11 @@ def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e6:.1f} MB" if 0 < nbytes < 1e8 else f"{nbytes / 1e6:.0f} MB"
 
 
-def memory_note(stage: Stage, held: int) -> str:
+def memory_note(stage: Stage, baseline: int) -> str:
     """What the column of peaks counts."""
     if stage.budget_bytes is None:
         return "peak memory: of the whole process, which holds one model, upcast to float32, with both adapters for all methods."
-    return f"peak memory: of the whole process; Python, torch and the tokenizer take {megabytes(held)} of it without a model."
+    return f"peak memory: of the whole process; Python, torch and the tokenizer take {megabytes(baseline)} of it without a model."
 
 
 def show(text: ModelText, prompt: str, record: Record) -> None:

@@ -68,11 +68,11 @@ def hidden_drafting(traces: Sequence[StepTrace]) -> dict[str, Any] | None:
     }
 
 
-def sentence(label: str, found: dict[str, Any]) -> str:
+def sentence(label: str, estimate: dict[str, Any]) -> str:
     """The outcome in words."""
     return (
-        f"{label}, drafting while it streams: {found['continued']:.1f} tokens fit the {found['wait_seconds']:.3f} s that a cycle waits, "
-        f"of use in {found['chance']:.0%} of the cycles ({found['whole_share']:.0%} of the chains are accepted whole, "
-        f"{found['agreement']:.1%} of tokens agree): {found['speed_up_by_shorter_drafting']:.3f} x by shorter drafting, "
-        f"{found['speed_up_by_longer_chains']:.3f} x by longer chains\n"
+        f"{label}, drafting while it streams: {estimate['continued']:.1f} tokens fit the {estimate['wait_seconds']:.3f} s that a cycle "
+        f"waits, of use in {estimate['chance']:.0%} of the cycles ({estimate['whole_share']:.0%} of the chains are accepted whole, "
+        f"{estimate['agreement']:.1%} of tokens agree): {estimate['speed_up_by_shorter_drafting']:.3f} x by shorter drafting, "
+        f"{estimate['speed_up_by_longer_chains']:.3f} x by longer chains\n"
     )

@@ -30,7 +30,7 @@ class Request:
         model: a checkpoint directory.
         adapters: draft and shallow adapter, for CATS.
         budget_bytes: of the whole process; None: no limit.
-        dtype: that our weights are held in; "auto": as stored. The other engines compute in the stored one.
+        dtype: of our weights in memory; "auto": as stored. The other engines compute in the stored one.
         compute_dtype: of our arithmetic and caches.
         tokens: how many to time, at least.
         positions: that our caches are made for; None: what the run needs.

@@ -133,10 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="the GGUF file to write")
     parser.add_argument("--type", choices=tuple(KINDS), default="f16", help="of the matrices (default: %(default)s)")
     args = parser.parse_args(argv)
-    found: list[tuple[int, int]] = []
+    counts: list[tuple[int, int]] = []
     with live_bar(unit="B", unit_scale=True, desc=str(args.file), leave=False) as bar:
-        write_atomically(args.file, lambda part: found.append(write_gguf(args.model, part, args.type, bar.update)))
-    changed, numbers = found[0]
+        write_atomically(args.file, lambda part: counts.append(write_gguf(args.model, part, args.type, bar.update)))
+    changed, numbers = counts[0]
     sys.stdout.write(f"{args.file}: {changed} of {numbers} values differ from the checkpoint's\n")
 
 

@@ -36,7 +36,7 @@ def test_two_commands_fill_one_table(tmp_path: Path, speaking: TinyModel, capsys
         low, high = summary["accepted_length_interval"]
         assert low <= summary["accepted_length"] == sum(tokens for tokens, _ in counts) / summary["steps"] <= high
     shown = output.with_suffix(".md").read_text()
-    assert "held in float32, computed in float32" in shown
+    assert "Weights in float32, computed in float32" in shown
     assert "| method | exits | MT-bench | AlpacaEval | mean |" in shown
     lengths, costs = (part.splitlines() for part in shown.split("## What it costs"))
     assert "| plain decoding | - | 1.00 | 1.00 | 1.00 |" in lengths
@@ -102,7 +102,7 @@ def test_cells_of_an_older_tree_stay_usable(tmp_path: Path, speaking: TinyModel,
     assert [row["extra_bytes"] for row in rows] == [0, adapters, Datastore.open(store).nbytes]
     for path in (tmp_path / "table.cells").glob("*.settings.json"):
         about = json.loads(path.read_text())
-        about["extra_bytes"] = about.pop("held_beside")["adapters"]
+        about["extra_bytes"] = about.pop("extra_resident_bytes")["adapters"]
         del about["shape"]["bytes_per_coarse_layer"]
         assert "temperature" not in about["settings"]
         path.write_text(json.dumps(about))
@@ -132,7 +132,7 @@ def test_every_layer_pass_counts_with_the_bytes_of_the_form_that_ran(tmp_path: P
     layers = nested["shape"]["layers"]
     assert plain["summary"]["layer_bytes_per_token"] == layers * exact
     assert exact / 4 < coarse < exact / 2
-    assert nested["held_beside"]["copy"] == pytest.approx(layers * coarse, rel=0.1)
+    assert nested["extra_resident_bytes"]["copy"] == pytest.approx(layers * coarse, rel=0.1)
     assert nested["summary"]["layer_passes_per_token_formula"] is None
     answers = read_records(tmp_path / "table.cells" / "mtbench.nested+steps=3.jsonl")
     turns = [turn for record in answers for turn in record["choices"][0]["steps"]]

@@ -218,7 +218,7 @@ def test_what_was_learnt_is_saved_and_started_from(tiny: Tiny, tmp_path: Path) -
 
     def opened() -> tuple[cats.MultiAdapterCATSModel, Opened]:
         model = cats.load(tiny("llama").base)
-        return model, cats.build_method(config, model).held
+        return model, cats.build_method(config, model).resources
 
     model, first = opened()
     cats.generate(model, [5, 6, 7], config, OPEN)

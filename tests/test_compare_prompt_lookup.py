@@ -32,7 +32,7 @@ def test_with_its_rule_ours_makes_the_passes_of_transformers(speaking: TinyModel
     subject = load_subject(speaking.base, {}, text, "float32", CPU)
     base, gained = subject.model.base, 0
     for ends in ((), text.end_token_ids):
-        reference = Reference(speaking.base, base.held_dtype, base.dtype, base.device, ends)
+        reference = Reference(speaking.base, base.weight_dtype, base.dtype, base.device, ends)
         for words in ("one two one two one two", "three words one two three words", "two"):
             found = compare_prompt(subject, reference, text.prompt_ids(words), method, 40)
             assert found["identical"] == {"latest": True, "earliest": True}

@@ -30,7 +30,7 @@ def flags(tiny: TinyModel, *more: str) -> list[str]:
 
 def reference_for(subject: Subject, directory: Path, ends: tuple[int, ...]) -> Reference:
     base = subject.model.base
-    return Reference(directory, base.held_dtype, base.dtype, base.device, ends)
+    return Reference(directory, base.weight_dtype, base.dtype, base.device, ends)
 
 
 def sharegpt(folder: Path) -> str:
@@ -41,7 +41,7 @@ def sharegpt(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("expected", "found", "difference"),
+    ("expected", "actual", "difference"),
     [
         ([1, 2, 3], [1, 2, 3], None),
         ([1, 2, 3], [1, 5, 3], Difference(1, 2, 5)),
@@ -50,8 +50,8 @@ def sharegpt(folder: Path) -> str:
         ([], [], None),
     ],
 )
-def test_first_difference(expected: list[int], found: list[int], difference: Difference | None) -> None:
-    assert first_difference(expected, found) == difference
+def test_first_difference(expected: list[int], actual: list[int], difference: Difference | None) -> None:
+    assert first_difference(expected, actual) == difference
 
 
 def test_all_methods_agree_and_the_result_says_what_was_compared(
@@ -67,7 +67,7 @@ def test_all_methods_agree_and_the_result_says_what_was_compared(
     assert result["comparisons"] == 2 * 3 * len(runnable)
     assert result["differences"] == 0
     assert result["settings"]["dtype"] == "float32"
-    assert result["arithmetic"] == {"held": "float32", "computed": "float32"}
+    assert result["arithmetic"] == {"weights": "float32", "computed": "float32"}
     lengths = result["accepted_length"]
     assert set(lengths) == set(runnable)
     assert lengths["autoregressive"] == 1
@@ -88,7 +88,7 @@ def test_a_recorded_difference_is_reported_with_status_1_and_nothing_is_compared
     command = [flag for flag in command if flag not in ("--shallow-adapter-path", str(speaking.shallow))]
     correctness.main([*command, "--max-new-tokens", "4"])
     records = read_records(output.with_suffix(".records.jsonl"))
-    found = {"method": "kangaroo", "max_new_tokens": 4, "position": 2, "expected": 7, "found": None, "logit_gap": 0.25}
+    found = {"method": "kangaroo", "max_new_tokens": 4, "position": 2, "expected": 7, "actual": None, "logit_gap": 0.25}
     rewrite_records(output.with_suffix(".records.jsonl"), [{**records[0], "differences": [found]}, records[1]])
     with pytest.raises(SystemExit) as ended:
         correctness.main([*command, "--max-new-tokens", "4"])

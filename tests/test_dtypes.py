@@ -1,4 +1,4 @@
-"""What weights are held in and what is computed in: one rule for resident and streamed weights and for adapters."""
+"""The dtype of weights and that of the arithmetic: one rule for resident and streamed weights and for adapters."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import cats
 import cats.linear
 from cats.adapter import AdapterModel
 from cats.checkpoint import TensorForm
-from cats.dtypes import compute_dtype, held_dtype, is_exact, narrowest
+from cats.dtypes import compute_dtype, is_exact, narrowest, weight_dtype
 from cats.earlyexit import EarlyExitLlamaForCausalLM
 from tests.methods import SHAPES, memory_for
 from tests.test_streaming import assert_equal, run
@@ -22,7 +22,7 @@ Tiny = Callable[[str], TinyModel]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 STREAMED = cats.MemoryOptions(pinning=False, ring_buffers=2)
-HELD = cats.MemoryOptions(10**9, "weights")
+RESIDENT = cats.MemoryOptions(10**9, "weights")
 
 
 class Named:
@@ -60,19 +60,19 @@ def test_exactness_is_true_of_every_value_of_a_narrow_dtype(source: torch.dtype,
 def test_what_auto_means() -> None:
     few, many = TensorForm(SINGLE, (4, 4)), TensorForm(HALF, (8, 8))
     stored = {"lm_head.weight": TensorForm(DOUBLE, (90, 90)), "model.layers.0.a.weight": few, "model.layers.0.b.weight": many}
-    assert held_dtype("auto", Named(BRAIN), stored) == BRAIN
-    assert held_dtype("auto", Named(None), stored) == HALF
-    assert held_dtype("float32", Named(BRAIN), stored) == SINGLE
-    assert [compute_dtype("auto", held, CPU) for held in (HALF, BRAIN, SINGLE, DOUBLE)] == [SINGLE, SINGLE, SINGLE, DOUBLE]
-    assert [compute_dtype("auto", held, CUDA) for held in (HALF, BRAIN, SINGLE)] == [HALF, BRAIN, SINGLE]
+    assert weight_dtype("auto", Named(BRAIN), stored) == BRAIN
+    assert weight_dtype("auto", Named(None), stored) == HALF
+    assert weight_dtype("float32", Named(BRAIN), stored) == SINGLE
+    assert [compute_dtype("auto", weights, CPU) for weights in (HALF, BRAIN, SINGLE, DOUBLE)] == [SINGLE, SINGLE, SINGLE, DOUBLE]
+    assert [compute_dtype("auto", weights, CUDA) for weights in (HALF, BRAIN, SINGLE)] == [HALF, BRAIN, SINGLE]
     assert narrowest(HALF, SINGLE) == HALF
     assert narrowest(SINGLE, HALF) == narrowest(BRAIN, HALF) == HALF
 
 
-@pytest.mark.parametrize(("held", "asked"), [(SINGLE, "bfloat16"), (HALF, "bfloat16"), (BRAIN, "float16"), (DOUBLE, "float32")])
-def test_arithmetic_that_would_round_what_is_held_is_refused(held: torch.dtype, asked: str) -> None:
+@pytest.mark.parametrize(("weights", "asked"), [(SINGLE, "bfloat16"), (HALF, "bfloat16"), (BRAIN, "float16"), (DOUBLE, "float32")])
+def test_arithmetic_that_would_round_weights_is_refused(weights: torch.dtype, asked: str) -> None:
     with pytest.raises(cats.CatsError, match=f"the compute dtype {asked} would round weights"):
-        compute_dtype(asked, held, CPU)
+        compute_dtype(asked, weights, CPU)
 
 
 @pytest.mark.parametrize("block", [1 << 21, 256], ids=["whole", "blocks"])
@@ -84,7 +84,7 @@ def test_arithmetic_that_would_round_what_is_held_is_refused(held: torch.dtype, 
         *((None, "float16", "auto"), (None, "float16", "float16"), (None, "bfloat16", "bfloat16"), (None, "float32", "auto")),
     ],
 )
-def test_a_mixed_checkpoint_is_the_same_resident_held_and_streamed(
+def test_a_mixed_checkpoint_is_the_same_resident_planned_and_streamed(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, named: str | None, dtype: str, computed: str, block: int
 ) -> None:
     monkeypatch.setattr(cats.linear, "BLOCK", block)
@@ -92,17 +92,17 @@ def test_a_mixed_checkpoint_is_the_same_resident_held_and_streamed(
     base = mix(source.base, tmp_path / "base", named)
     adapters = {name: (mix(path, tmp_path / name, named), layer) for name, (path, layer) in source.adapters.items()}
     resident = run(cats.load(base, adapters, dtype, compute_dtype=computed), "cascade-chain")
-    for memory in (HELD, STREAMED):
+    for memory in (RESIDENT, STREAMED):
         assert_equal(run(cats.load(base, adapters, dtype, memory=memory, compute_dtype=computed), "cascade-chain"), resident)
 
 
-def test_half_precision_is_held_once_and_computed_exactly(tiny: Tiny, tmp_path: Path) -> None:
+def test_half_precision_is_resident_once_and_computed_exactly(tiny: Tiny, tmp_path: Path) -> None:
     """`auto` takes the memory that config.json names; float32 holds an upcast copy and gives the same logits."""
     base = mix(tiny("llama").base, tmp_path / "base", "bfloat16", (BRAIN,))
     narrow, wide = cats.load(base), cats.load(base, dtype="float32")
     assert {weight.dtype for weight in narrow.parameters() if weight.dim() > 1} == {BRAIN}
     assert {weight.dtype for weight in wide.parameters()} == {narrow.base.dtype} == {SINGLE}
-    assert (narrow.base.held_dtype, wide.base.held_dtype) == (BRAIN, SINGLE)
+    assert (narrow.base.weight_dtype, wide.base.weight_dtype) == (BRAIN, SINGLE)
     assert_equal(run(narrow, "autoregressive"), run(wide, "autoregressive"))
 
 
@@ -130,7 +130,7 @@ def test_weights_given_in_half_precision_are_upcast_for_the_embedding_too(tiny: 
     assert base.embed_tokens.weight.dtype == HALF
 
 
-def test_every_method_runs_where_half_is_held(tiny: Tiny) -> None:
+def test_every_method_runs_on_half_precision_weights(tiny: Tiny) -> None:
     """The adapters' biases and norms are computed in the compute dtype as well."""
     for memory in set(map(memory_for, SHAPES)):
         model = cats.load(tiny("qwen2").base, tiny("qwen2").adapters, "bfloat16", memory=memory)

@@ -25,7 +25,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"from_gguf", "smollm2", "planning", "config", "tree", "masks", "acceptance", "trace", "stopping", "settings", "text"}),
     frozenset({"rope", "kv_cache", "rows", "kernels", "checkpoint", "dtypes", "linear", "weight", "nested", "runtime"}),
     frozenset({"calibration"}),
-    frozenset({"embedding", "adapter", "earlyexit", "loading", "held", "cats_model", "medusa_heads"}),
+    frozenset({"embedding", "adapter", "earlyexit", "loading", "resources", "cats_model", "medusa_heads"}),
     frozenset({"state", "kept"}),
     frozenset({"methods"}),
     frozenset({"reference", "engine", "writers"}),

@@ -1,4 +1,4 @@
-"""An int8 copy of plain weights drafts; it is made at loading, held where the exact weights are not, and decides no token."""
+"""An int8 copy of plain weights drafts; it is made at loading, resident where the exact weights are not, and decides no token."""
 
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_a_scrambled_copy_costs_speed_and_no_token(tiny: Tiny) -> None:
 
 
 def test_a_copy_without_a_budget(tiny: Tiny) -> None:
-    """Everything is held, exact weights and copies."""
+    """Everything is resident, exact weights and copies."""
     exact, model = cats.load(tiny("qwen2").base), cats.load(tiny("qwen2").base, memory=cats.MemoryOptions(coarse="int8"))
     stub, prompt = ViewStub(COARSE), prompts(count=1, longest=10, seed=8)[0]
     assert cats.generate(model, prompt, stub, CONFIG).ids == plain(exact, prompt)
@@ -66,7 +66,8 @@ def test_a_pinned_matrix_gives_up_its_copy(tiny: Tiny, share: float) -> None:
     """It drafts itself, and more is pinned for it."""
     exact, memory = cats.load(tiny("llama").base), replace(STREAMED, budget_bytes=10**9, covers="weights", ring_buffers=1)
     least = cats.load(tiny("llama").base, memory=memory, plan=None).base.source.plan.charged
-    alone = sum(piece.held for piece in cats.load(tiny("llama").base, memory=cats.MemoryOptions(10**9, "weights")).base.source.plan.pinned)
+    everything = cats.load(tiny("llama").base, memory=cats.MemoryOptions(10**9, "weights")).base.source.plan
+    alone = sum(piece.resident_bytes for piece in everything.pinned)
     enough = replace(memory, budget_bytes=round(least + share * alone * 0.7), pinning=True)
     model = cats.load(tiny("llama").base, memory=enough, plan=None)
     plan, stub = model.base.source.plan, ViewStub(COARSE)

@@ -50,9 +50,9 @@ class Talk:
         return found.ids
 
     def alone(self, prompt: Sequence[int], config: cats.GenerationConfig) -> list[int]:
-        held = self.kept.tokens
+        tokens = self.kept.tokens
         found = cats.generate(self.model, prompt, "autoregressive", config).ids
-        assert self.kept.tokens == ([] if self.model.base.source.one_answer else held)
+        assert self.kept.tokens == ([] if self.model.base.source.one_answer else tokens)
         return found
 
     def interrupt(self, prompt: Sequence[int], count: int) -> list[int]:
@@ -113,10 +113,10 @@ def test_a_budget_for_the_process_has_room_for_them(tiny: Tiny, shape: str) -> N
         found = cats.generate(model, prompt, talk.method, CONFIG, kept=talk.kept)
         assert found.ids == cats.generate(loaded(tiny("llama")), prompt, "autoregressive", CONFIG).ids
         prompt += [*found.ids, *MORE]
-    held = talk.kept.tokens
+    tokens = talk.kept.tokens
     with pytest.raises(cats.CatsError, match=rf"may take {CONTEXT} positions|the model's context holds"):
-        cats.generate(model, [*held, *[5] * CONTEXT], talk.method, CONFIG, kept=talk.kept)
-    assert talk.kept.tokens == held
+        cats.generate(model, [*tokens, *[5] * CONTEXT], talk.method, CONFIG, kept=talk.kept)
+    assert talk.kept.tokens == tokens
     cats.generate(model, FIRST, talk.method, CONFIG)
     assert talk.kept.tokens == []
     assert model.base.source.ledger.taken["KV caches"] == 0
@@ -228,7 +228,7 @@ def test_one_answer_at_a_time_and_of_one_model(tiny: Tiny) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 def test_conversations_of_several_threads_do_not_mix(tiny: Tiny, memory: str) -> None:
     model, together = loaded(tiny("llama"), MEMORY[memory]), threading.Barrier(4)
-    method = "cascade-tree" if memory != "held, process" else "kangaroo"
+    method = "cascade-tree" if memory != "resident, process" else "kangaroo"
 
     def talk(number: int) -> list[list[int]]:
         kept, prompt, answers = cats.KeptCaches(model), [5 + number, 6, 7], list[list[int]]()

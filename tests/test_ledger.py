@@ -38,7 +38,7 @@ config, most = cats.GenerationConfig(max_new_tokens=3, eos_token_ids=()), 0
 for step in cats.stream(model, list(range(5, 325)), "autoregressive", config):
     most = max(most, ledger.total)
 print(json.dumps({
-    "peak": status("VmHWM"), "most": most, "held": status("VmRSS"), "total": ledger.total, "charged": model.base.source.plan.charged,
+    "peak": status("VmHWM"), "most": most, "resident": status("VmRSS"), "total": ledger.total, "charged": model.base.source.plan.charged,
     "streamed": model.base.source.plan.streamed_bytes, "taken": ledger.taken,
 }))
 """
@@ -75,7 +75,7 @@ def test_the_ledger_is_what_the_process_holds(middling: Path) -> None:
     for report, budget in ((resident, resident["charged"]), (streamed, resident["charged"] - 50 * 10**6)):
         assert report["peak"] <= budget
         assert abs(report["most"] - report["peak"]) <= SHARE * report["peak"], report
-        assert abs(report["total"] - report["held"]) <= SHARE * report["held"], report
+        assert abs(report["total"] - report["resident"]) <= SHARE * report["resident"], report
         assert report["taken"]["KV caches"] == report["taken"]["activations"] == 0
 
 
@@ -104,6 +104,6 @@ def test_adapters_of_several_sizes_are_charged_what_they_hold(tiny: Callable[[st
     large = AdapterModel(AdapterModel.config_for(read_config(base), "decoder"), SHALLOW_EXIT)
     large.save_pretrained(tmp_path / "large")
     model = cats.load(base, {"draft": tiny("llama").draft, "shallow": tmp_path / "large"}, memory=cats.MemoryOptions(10**9), plan=None)
-    held = [adapter.nbytes for adapter in model.adapters.values()]
-    assert held[1] > 1.5 * held[0]
-    assert sum(held) <= dict(model.base.source.plan.charges)["adapters"] < sum(held) + len(held)
+    sizes = [adapter.nbytes for adapter in model.adapters.values()]
+    assert sizes[1] > 1.5 * sizes[0]
+    assert sum(sizes) <= dict(model.base.source.plan.charges)["adapters"] < sum(sizes) + len(sizes)

@@ -1,4 +1,4 @@
-"""Products with weights that are widened in blocks: against float64, and independent of where a weight lies."""
+"""Products with weights that are upcast in blocks: against float64, and independent of where a weight lies."""
 
 import pytest
 import torch

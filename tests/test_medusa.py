@@ -110,13 +110,13 @@ def test_the_default_tree_has_63_nodes_beside_the_root_and_depth_4() -> None:
 
 def test_heads_are_loaded_once_and_charged_as_promised(tiny: Tiny) -> None:
     config = MedusaConfig(heads_of(WIDTH), nodes=6, depth=2)
-    promised = needs_of(config).held_bytes
+    promised = needs_of(config).resident_bytes
     assert promised == HEADS * WIDTH * WIDTH * 4
     model = cats.load(tiny("llama").base, memory=with_needs(MemoryOptions(), config))
     taken = model.base.source.ledger.taken
     before = taken.get(BY_METHODS, 0)
     first, second = build_method(config, model), build_method(config, model)
-    assert first.held is second.held
+    assert first.resources is second.resources
     assert taken[BY_METHODS] == before + promised
     model.close()
     assert taken[BY_METHODS] == before

@@ -97,9 +97,9 @@ def test_records_hold_settings_as_json() -> None:
 
 
 def test_records_hold_what_a_method_asks_of_memory_as_json() -> None:
-    record = memory_record(cats.MemoryOptions(views=(View(mlp=frozenset({3, 1})),), held_bytes=8))
+    record = memory_record(cats.MemoryOptions(views=(View(mlp=frozenset({3, 1})),), method_bytes=8))
     assert json.loads(json.dumps(record))["views"] == [{"precision": "exact", "attention": [], "mlp": [1, 3]}]
-    assert "held_bytes" not in record, "it follows from the method, and older records lack it"
+    assert "method_bytes" not in record, "it follows from the method, and older records lack it"
 
 
 def test_the_methods_own_settings_keep_their_order_and_help() -> None:

@@ -262,12 +262,12 @@ def test_work_space_is_granted_for_the_largest_matrix_that_is_decoded(nested: Pa
     """Beside the blocks that every product takes: two bytes a weight, four of an int8 copy; not for head and table."""
     float32, cpu = ("float32", "float32"), torch.device("cpu")
     adapters: list[AdapterModel] = []
-    plain = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", float32, cpu), adapters).widen_bytes
+    plain = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", float32, cpu), adapters).work_bytes
     for dtypes, nbytes in ((float32, 2), (("float64", "float64"), 2)):
-        found = sizes_of_checkpoint(checkpoint_of(nested, dtypes, cpu), adapters).widen_bytes
-        expected = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", dtypes, cpu), adapters).widen_bytes
+        found = sizes_of_checkpoint(checkpoint_of(nested, dtypes, cpu), adapters).work_bytes
+        expected = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", dtypes, cpu), adapters).work_bytes
         assert found - expected == nbytes * 32 * 48
-    copied = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", float32, cpu, "int8"), adapters).widen_bytes
+    copied = sizes_of_checkpoint(checkpoint_of(tmp_path / "source", float32, cpu, "int8"), adapters).work_bytes
     assert copied - plain == 4 * 32 * 48
 
 

@@ -213,7 +213,7 @@ def test_chains_are_long_where_drafts_are_cheap(tiny: Tiny, draft: float, least:
     method = cats.build_method(config, model)
     assert isinstance(method, Nested)
     for _ in range(CYCLES_NEEDED * 10):
-        method.held.learn(CycleCost(drafts=1, draft=draft, rows=2, exact=1.0, total=1.0, tokens=1))
+        method.resources.learn(CycleCost(drafts=1, draft=draft, rows=2, exact=1.0, total=1.0, tokens=1))
     found = cats.generate(model, [5, 6, 7], method, OPEN)
     assert found.ids == cats.generate(model, [5, 6, 7], "autoregressive", OPEN).ids
     assert {trace.nodes - 1 for trace in found.traces[1:2]} <= set(range(least, most + 1))

@@ -113,7 +113,7 @@ def test_the_papers_command_line_fills_the_confusion_matrix(here: Path) -> None:
     CATS_dynamic.main(["--model-path", str(FIXTURE), *adapters, *flags, "--device", "cpu"])
     output = here / "data" / "mt_bench" / "cats_chain_mtbench"
     metrics = json.loads((output / "verification_metrics.json").read_text())
-    assert metrics["arithmetic"] == {"held": "float16", "computed": "float32"}
+    assert metrics["arithmetic"] == {"weights": "float16", "computed": "float32"}
     matrix = metrics["all"]["confusion"]
     turns = [steps for record in read_records(output / "0.jsonl") for steps in record["choices"][0]["steps"]]
     assert len(turns) == 4

@@ -72,10 +72,10 @@ def test_the_fastest_method_is_loaded_with_exactly_the_bytes_that_were_planned(t
     best = model.plan.choice.best
     assert model.plan.method == TREE.method
     assert set(model.adapters) == {"draft", "shallow"}
-    held = source_of(model).plan
-    assert (held.streamed_bytes, held.charged, held.ring_bytes) == (best.memory.streamed_bytes, best.memory.charged, best.memory.ring_bytes)
-    assert held.streamed == best.memory.streamed
-    assert held.streamed_bytes > 0
+    plan = source_of(model).plan
+    assert (plan.streamed_bytes, plan.charged, plan.ring_bytes) == (best.memory.streamed_bytes, best.memory.charged, best.memory.ring_bytes)
+    assert plan.streamed == best.memory.streamed
+    assert plan.streamed_bytes > 0
     config = cats.GenerationConfig(max_new_tokens=8, eos_token_ids=())
     assert cats.generate(model, [3, 4, 5], None, config).ids == cats.generate(cats.load(tiny("llama").base), [3, 4, 5], None, config).ids
     assert [label.split(":")[0] for label in model.plan.lines] == ["plan", "why"]

@@ -107,14 +107,14 @@ def test_what_is_given_stays(nested: Path) -> None:
     assert named.plan is None
 
 
-def test_an_int8_copy_is_planned_and_held_only_where_it_drafts(tiny: Tiny, scripted: list[Subject]) -> None:
+def test_an_int8_copy_is_planned_and_resident_only_where_it_drafts(tiny: Tiny, scripted: list[Subject]) -> None:
     slow = load(tiny("llama").base, PUBLISHED + 65_000, coarse="int8")
     assert plan_of(slow).method == ASSUMED.method
     assert any(piece.part == "codes" for piece in source_of(slow).plan.pinned)
     resident = load(tiny("llama").base, PLENTY, coarse="int8")
     assert plan_of(resident).method == cats.AutoregressiveConfig()
     assert not any(COARSE.needs(piece) for piece in source_of(resident).plan.pinned)
-    assert plan_of(resident).reason.endswith("the int8 copy is not held")
+    assert plan_of(resident).reason.endswith("the int8 copy is not resident")
     with pytest.raises(CatsError, match=r"chose autoregressive and left out what nested needs \(a coarse form of the weights\)"):
         cats.generate(resident, [3, 4], "nested", cats.GenerationConfig(max_new_tokens=4, eos_token_ids=()))
     asked = load(tiny("llama").base, PLENTY, coarse="int8", views=(COARSE,))

@@ -187,7 +187,7 @@ def test_exact_match_by_the_questions_own_references(tmp_path: Path, capsys: pyt
     found = json.loads((tmp_path / "0.gsm8k.json").read_text())
     counts = {name: found[name] for name in ("exact_match", "right", "answers", "no_number", "without_reference", "failed")}
     assert counts == {"exact_match": 0.5, "right": 1, "answers": 2, "no_number": 1, "without_reference": 1, "failed": 1}
-    assert found["items"][1] == {"question_id": 2, "found": None, "expected": "3", "right": False}
+    assert found["items"][1] == {"question_id": 2, "actual": None, "expected": "3", "right": False}
     assert found["made_of"]["answers"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert "exact match 50.0%" in capsys.readouterr().out
 

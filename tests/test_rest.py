@@ -73,11 +73,11 @@ def test_where_nothing_matches_the_root_goes_alone(tmp_path: Path) -> None:
 def test_its_bytes_stand_in_the_ledger(tiny: Tiny, tmp_path: Path) -> None:
     config = RestConfig(saved(tmp_path / "store", prompts(count=400, longest=400, seed=1)))
     nbytes = Datastore.open(tmp_path / "store").nbytes
-    assert Rest.needs(config).held_bytes == nbytes
+    assert Rest.needs(config).resident_bytes == nbytes
     model = cats.load(tiny("llama").base)
     before = model.base.source.ledger.total
     method = cats.build_method(config, model)
-    assert cats.build_method(config, model).held is method.held
+    assert cats.build_method(config, model).resources is method.resources
     taken = sum(model.base.source.ledger.taken.values())
     model.close()
     assert taken - sum(model.base.source.ledger.taken.values()) == nbytes

@@ -158,17 +158,17 @@ def test_several_files_are_read_in_turn(tmp_path: Path) -> None:
 def test_places_in_a_ring_never_overlap() -> None:
     draw = random.Random(0)
     for _ in range(200):
-        ring, held = Ring(draw.randint(1, 30)), deque[Slot]()
+        ring, in_use = Ring(draw.randint(1, 30)), deque[Slot]()
         for index in range(100):
             length = draw.randint(1, ring.nbytes)
-            if held and draw.random() < 0.5:
-                assert ring.slots.popleft() is held.popleft()
+            if in_use and draw.random() < 0.5:
+                assert ring.slots.popleft() is in_use.popleft()
             slot = ring.reserve(index, length)
-            assert slot is not None or held
+            assert slot is not None or in_use
             if slot is not None:
                 assert 0 <= slot.start <= slot.start + length <= ring.nbytes
-                assert all(slot.start >= other.start + other.length or other.start >= slot.start + length for other in held)
-                held.append(slot)
+                assert all(slot.start >= other.start + other.length or other.start >= slot.start + length for other in in_use)
+                in_use.append(slot)
 
 
 def test_closing_the_gap_makes_room_for_whatever_fits() -> None:
@@ -244,7 +244,7 @@ def test_the_reader_runs_ahead_into_the_next_pass(matrices: dict[str, torch.Tens
     assert streamer.wait_seconds > 0
 
 
-def test_what_is_held_is_not_overwritten(matrices: dict[str, torch.Tensor], open_streamer: Callable[..., Streamer]) -> None:
+def test_what_is_in_use_is_not_overwritten(matrices: dict[str, torch.Tensor], open_streamer: Callable[..., Streamer]) -> None:
     for ring in ("smallest", "two", "everything"):
         streamer = open_streamer(ring)
         for streamed in streamer.order * 2:

@@ -136,7 +136,7 @@ def test_every_family(tiny: Tiny, kind: str, family: str) -> None:
     ],
 )
 def test_every_dtype(tiny: Tiny, tmp_path: Path, kind: str, stored: torch.dtype, dtype: str) -> None:
-    """Half precision is widened exactly; a narrower arithmetic rounds what it is given, streamed or not."""
+    """Half precision is upcast exactly; a narrower arithmetic rounds what it is given, streamed or not."""
     if kind == "nested" and stored == torch.float32:
         pytest.skip("nested weights are half precision")
     source = tiny("llama-grouped")
@@ -210,7 +210,7 @@ def test_a_failure_in_the_middle_of_a_pass_leaves_the_stream_usable(tiny: Tiny, 
 
 @pytest.mark.parametrize("memory", [cats.MemoryOptions(pinning=False), cats.MemoryOptions(10**9, "weights")])
 def test_a_file_changed_between_answers_is_noticed(tiny: Tiny, tmp_path: Path, kind: str, memory: cats.MemoryOptions) -> None:
-    """Also where every layer is held: rows of the embedding table are still read."""
+    """Also where every layer is resident: rows of the embedding table are still read."""
     base = rewritten(tiny("llama").base, kind, tmp_path, STORED.get(kind, torch.float32))
     model = cats.load(base, memory=options_of(kind, memory), plan=None)
     run(model, "autoregressive")

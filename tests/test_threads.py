@@ -17,9 +17,9 @@ Tiny = Callable[[str], TinyModel]
 CONFIG = cats.GenerationConfig(max_new_tokens=8, eos_token_ids=(EOS,))
 MEMORY: dict[str, cats.MemoryOptions | None] = {
     "no plan": None,
-    "held": cats.MemoryOptions(10**9, "weights"),
+    "resident": cats.MemoryOptions(10**9, "weights"),
     "streamed": cats.MemoryOptions(pinning=False, ring_buffers=2),
-    "held, process": cats.MemoryOptions(4 * 10**9, positions=64, nodes=64),
+    "resident, process": cats.MemoryOptions(4 * 10**9, positions=64, nodes=64),
 }
 METHODS = ("cascade-tree", "kangaroo", "autoregressive")
 
@@ -64,7 +64,7 @@ def test_eight_threads_give_the_answers_of_one(tiny: Tiny, memory: str, count: i
         assert found == expected(tiny("llama"), method, count)
 
 
-@pytest.mark.parametrize("memory", ["no plan", "held", "streamed"])
+@pytest.mark.parametrize("memory", ["no plan", "resident", "streamed"])
 def test_interleaved_generators_are_right(tiny: Tiny, memory: str) -> None:
     model = loaded(tiny("llama"), memory)
     open_answers = {place: steps(model, place) for place in range(3)}
@@ -80,7 +80,7 @@ def test_interleaved_generators_are_right(tiny: Tiny, memory: str) -> None:
 
 
 def test_a_second_answer_of_one_thread_is_refused_where_caches_are_granted_for_one(tiny: Tiny) -> None:
-    model = loaded(tiny("llama"), "held, process")
+    model = loaded(tiny("llama"), "resident, process")
     first = steps(model, 0)
     next(first)
     with pytest.raises(cats.CatsError, match=r"another answer of this thread is not finished.*close its generator"):
@@ -90,7 +90,7 @@ def test_a_second_answer_of_one_thread_is_refused_where_caches_are_granted_for_o
 
 
 def test_an_answer_of_another_thread_waits_for_the_first_to_end(tiny: Tiny) -> None:
-    model = loaded(tiny("llama"), "held, process")
+    model = loaded(tiny("llama"), "resident, process")
     first = steps(model, 0)
     next(first)
     with ThreadPoolExecutor(1) as pool:
@@ -103,7 +103,7 @@ def test_an_answer_of_another_thread_waits_for_the_first_to_end(tiny: Tiny) -> N
 
 
 def test_an_answer_that_moved_to_another_thread_is_known_there(tiny: Tiny) -> None:
-    model = loaded(tiny("llama"), "held, process")
+    model = loaded(tiny("llama"), "resident, process")
     first = steps(model, 0)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(next, first).result()
@@ -127,7 +127,7 @@ def test_a_failing_step_gives_its_turn_back(tiny: Tiny, memory: str, monkeypatch
 
 
 def test_a_forgotten_generator_gives_its_turn_back(tiny: Tiny) -> None:
-    model = loaded(tiny("llama"), "held, process")
+    model = loaded(tiny("llama"), "resident, process")
     next(steps(model, 0))
     assert answer(model, prompts(3, 20, seed=7)[1], "kangaroo")
 

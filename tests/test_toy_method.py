@@ -14,10 +14,10 @@ from cats.acceptance import Verdict
 from cats.cli.ask import main
 from cats.cli.method_flags import add_method_flags, chosen_method
 from cats.errors import ContractError
-from cats.held import Held, bytes_of
 from cats.methods import METHODS, PRESETS, needs_of, with_needs
 from cats.methods.base import Method
 from cats.planning.plan import BY_METHODS, EXACT, View
+from cats.resources import Resources, bytes_of
 from cats.state import Cycle, DecodeState
 from cats.trace import PassCost
 from tests.methods import SHAPES
@@ -113,7 +113,7 @@ def test_adapters_passes_are_told_too(tiny: Tiny) -> None:
 
 def test_a_budget_grants_what_it_holds_and_refuses_it_before_it_is_made(tiny: Tiny, stored: Path, made: list[Table]) -> None:
     config = SuccessorConfig(stored)
-    assert needs_of(config).held_bytes == 8 * VOCAB
+    assert needs_of(config).resident_bytes == 8 * VOCAB
     memory = cats.MemoryOptions(2 * 10**9, positions=64)
     assert with_needs(memory, config, cats.CascadeConfig(steps=2)).nodes == cats.build_method(cats.CascadeConfig(steps=2)).max_nodes
     model = cats.load(tiny("llama").base, memory=memory, method=config)
@@ -201,7 +201,7 @@ def test_limits_of_a_setting_are_checked_and_said() -> None:
         cats.CascadeConfig(tree_topk=1001)
 
 
-def test_bytes_of_what_is_held() -> None:
+def test_bytes_of_resources() -> None:
     table = Table(torch.zeros(3))
     assert bytes_of({"a": [table, table.tokens], "b": None}) == 24
     with pytest.raises(ContractError, match="a method holds a object with the model, which does not say its size"):
@@ -210,11 +210,11 @@ def test_bytes_of_what_is_held() -> None:
 
 def test_what_fails_to_open_leaves_no_charge() -> None:
     charged: list[int] = []
-    held = Held(charged.append)
+    resources = Resources(charged.append)
 
     def broken() -> object:
         raise cats.CatsError("no such table")
 
     with pytest.raises(cats.CatsError, match="no such table"):
-        held.get("key", broken, promised=100)
+        resources.get("key", broken, promised=100)
     assert sum(charged) == 0

@@ -50,11 +50,11 @@ class Successor(Method):
     presets = {"successor": Preset(SuccessorConfig(), "successors")}
     shapes = {"successor": SuccessorConfig(), "successor-once": SuccessorConfig(twice=False)}
     config: SuccessorConfig
-    held: Table
+    resources: Table
 
     @classmethod
     def needs(cls, config: SuccessorConfig) -> Needs:
-        return Needs(held_bytes=8 * len(np.load(config.successors, mmap_mode="r")) if config.successors else 0)
+        return Needs(resident_bytes=8 * len(np.load(config.successors, mmap_mode="r")) if config.successors else 0)
 
     @classmethod
     def open(cls, model: MultiAdapterCATSModel, config: SuccessorConfig) -> Table:
@@ -69,5 +69,5 @@ class Successor(Method):
         with cycle.stage("table"):
             nodes = [0]
             for _ in range(min(1 + self.config.twice, cycle.depth_limit)):
-                nodes.append(cycle.tree.add(nodes[-1], int(self.held.tokens[cycle.tree.tokens[nodes[-1]]]), "table"))
+                nodes.append(cycle.tree.add(nodes[-1], int(self.resources.tokens[cycle.tree.tokens[nodes[-1]]]), "table"))
             return nodes

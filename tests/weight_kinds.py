@@ -27,7 +27,7 @@ class SumWeight(Weight):
 
     def rows(self, parts: Parts, start: int, stop: int) -> torch.Tensor:
         numbers = parts["coarse"][start:stop].float()
-        return rounded(numbers + parts["residual"][start:stop] if "residual" in parts else numbers, self.held)
+        return rounded(numbers + parts["residual"][start:stop] if "residual" in parts else numbers, self.dtype)
 
 
 class CopyWeight(Weight):
@@ -37,7 +37,7 @@ class CopyWeight(Weight):
 
     def rows(self, parts: Parts, start: int, stop: int) -> torch.Tensor:
         (numbers,) = parts.values()
-        return rounded(numbers[start:stop], self.held)
+        return rounded(numbers[start:stop], self.dtype)
 
 
 KINDS.update({"sum": SumWeight, "copy": CopyWeight})

@@ -40,7 +40,7 @@ def base_device(accelerator: Accelerator, gpu_index: list[int] | None = None) ->
 def load_base(
     model_path: Path, dtype: str | None, device: torch.device, length: int, compute_dtype: str = "auto"
 ) -> EarlyExitLlamaForCausalLM:
-    """The frozen base model; held in float32 on a CPU and as stored elsewhere, unless `dtype` says otherwise.
+    """The frozen base model; float32 on a CPU and as stored elsewhere, unless `dtype` says otherwise.
 
     Args:
         compute_dtype: of its arithmetic, see `EarlyExitLlamaForCausalLM.from_pretrained`.

@@ -54,24 +54,24 @@ def plain_ids(path: Path, text: ModelText) -> np.ndarray:
             pieces = list(pieces_of(file))
     except (OSError, UnicodeDecodeError) as error:
         raise CatsError(f"cannot read {path}: {error}; give plain text in UTF-8, or conversations as .json or .json.gz.") from error
-    found: list[int] = []
+    tokens: list[int] = []
     for start in live_bar(range(0, len(pieces), BATCH), desc="tokenize", unit="batch", leave=False):
         encoded = text.tokenizer(pieces[start : start + BATCH], add_special_tokens=False, verbose=False)["input_ids"]
-        found.extend(token for ids in encoded for token in ids)
-    return np.array(found, dtype=np.int32)
+        tokens.extend(token for ids in encoded for token in ids)
+    return np.array(tokens, dtype=np.int32)
 
 
 def pieces_of(lines: "Iterator[str]") -> Iterator[str]:
     """Lines joined to pieces of at least `PIECE` characters."""
-    held, size = [], 0
+    pending, size = [], 0
     for line in lines:
-        held.append(line)
+        pending.append(line)
         size += len(line)
         if size >= PIECE:
-            yield "".join(held)
-            held, size = [], 0
-    if held:
-        yield "".join(held)
+            yield "".join(pending)
+            pending, size = [], 0
+    if pending:
+        yield "".join(pending)
 
 
 def build(files: Sequence[Path], model_path: Path, template: str | None) -> Datastore:

@@ -71,12 +71,12 @@ def gathered(work_dir: Path, starts: Sequence[str], at: Sequence[int]) -> Result
     paths = {start: work_dir / start / "training_log.json" for start in starts}
     logs = {start: read_json(path, "training/train_finetune.py") for start, path in paths.items() if path.exists()}
     finished = {start: log for start, log in logs.items() if log["optimizer_steps"] == max(at)}
-    facts = next(iter(finished.values()))
-    shared = {name: facts[name] for name in ("block", "adapter_parameters", "data_identity", "machine")}
-    run = {name: value for name, value in facts["run"].items() if name != "init"}
+    first = next(iter(finished.values()))
+    shared = {name: first[name] for name in ("block", "adapter_parameters", "data_identity", "machine")}
+    run = {name: value for name, value in first["run"].items() if name != "init"}
     points = {start: [report for report in log["reports"] if report["step"] <= max(at)] for start, log in finished.items()}
     what = "adapters trained from several starts on the same rows; figures on held-out rows, accepted length of a simulated greedy chain"
-    return {"what": what, "uniform_loss": math.log(facts["vocabulary"]), "at": list(at), "run": run} | shared | {"starts": points}
+    return {"what": what, "uniform_loss": math.log(first["vocabulary"]), "at": list(at), "run": run} | shared | {"starts": points}
 
 
 def table(result: Result) -> str:

@@ -76,11 +76,11 @@ def draw_panel(axis: Axes, runs: Sequence[Result], name: str) -> None:
     exits = sorted({int(exit_layer) for run in runs for exit_layer in run["exits"]})
     shades = matplotlib.colormaps["cividis"]
     for number, run in enumerate(runs):
-        for exit_layer, found in run["exits"].items():
+        for exit_layer, curve in run["exits"].items():
             place = exits.index(int(exit_layer))
             axis.plot(
-                [point["tokens"] / 1000 for point in found["points"]],
-                [point[name] for point in found["points"]],
+                [point["tokens"] / 1000 for point in curve["points"]],
+                [point[name] for point in curve["points"]],
                 linestyle=LINES[number % len(LINES)],
                 marker=MARKERS[place % len(MARKERS)],
                 markersize=4,
@@ -93,14 +93,14 @@ def table(runs: Sequence[Result]) -> str:
     """The Markdown file: the last point of every run and exit."""
     text = (
         "# Adapters over the tokens seen\n\nThe last point of every run, on held-out rows; every point is in the .json beside this file. "
-        "Accepted length: simulated, greedy chain, 1 = plain decoding. Gain per MB: accepted length - 1, by megabytes held in "
+        "Accepted length: simulated, greedy chain, 1 = plain decoding. Gain per MB: accepted length - 1, per megabyte resident in "
         "bfloat16.\n\n"
     )
-    head = ("run", "block", "exit", "MB held", "tokens seen", "of them answers", "top-1", "top-5", "accepted length", "gain per MB")
+    head = ("run", "block", "exit", "MB resident", "tokens seen", "of them answers", "top-1", "top-5", "accepted length", "gain per MB")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for run in runs:
-        for exit_layer, found in run["exits"].items():
-            last, megabytes = found["points"][-1], found["bytes_bf16"] / 1e6
+        for exit_layer, curve in run["exits"].items():
+            last, megabytes = curve["points"][-1], curve["bytes_bf16"] / 1e6
             figures = [f"{last[name]:.3f}" for name in ("top1", "top5", "accepted_length")]
             gain = f"{(last['accepted_length'] - 1) / megabytes:.3g}"
             cells = [run["run"], run["block"], exit_layer, f"{megabytes:.3g}", f"{last['tokens']:,}", f"{last['positions']:,}"]

@@ -60,7 +60,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows-from", choices=("conversations", "packed"), default="conversations")
     parser.add_argument("--every-token", action="store_true", help="mark every token to be learnt, not only those of answers")
     parser.add_argument("--shard-rows", type=int, default=16, help="rows in one shard, which is also one forward")
-    parser.add_argument("--dtype", help="dtype that the base is held in; default: float32 on CPU, as stored elsewhere")
+    parser.add_argument("--dtype", help="dtype of the base's weights; default: float32 on CPU, as stored elsewhere")
     parser.add_argument("--compute-dtype", default="auto", help="dtype of its arithmetic; default: float32 on CPU, else that of --dtype")
     parser.add_argument("--store-dtype", choices=STORE_DTYPES, default="float16")
     parser.add_argument("--targets", type=int, default=0, help="store this many best tokens of the base in the place of its final states")
@@ -187,12 +187,12 @@ def provenance(arguments: argparse.Namespace, base: EarlyExitLlamaForCausalLM) -
     names = ["start", "end", "template"]
     if arguments.regenerate:
         names += ["max_new_tokens", "temperature", "top_p", "seed"]
-    facts = {name: getattr(arguments, name) for name in names}
+    settings = {name: getattr(arguments, name) for name in names}
     model = {"model": arguments.model_path.name, "layers": base.layer_count, "width": base.config.hidden_size}
     model["base_dtype"] = str(base.dtype)
-    if base.held_dtype != base.dtype:
-        model["held_dtype"] = str(base.held_dtype)
-    return model | {"data_sha256": hash_of_data(arguments.data_path), "regenerate": arguments.regenerate} | facts
+    if base.weight_dtype != base.dtype:
+        model["held_dtype"] = str(base.weight_dtype)
+    return model | {"data_sha256": hash_of_data(arguments.data_path), "regenerate": arguments.regenerate} | settings
 
 
 def states_description(arguments: argparse.Namespace, base: EarlyExitLlamaForCausalLM) -> dict[str, object]:

@@ -98,7 +98,7 @@ def search(measure: Evaluated, layers: int, shares: Sequence[float], seed: int) 
     """The best set of each share; they nest. The same calls follow from the same answers, so that a run can be taken up."""
     chance, every = random.Random(seed), skippable(layers)
     worth = {sublayer: measure([sublayer], QUARTER) for sublayer in every}
-    found: dict[float, list[Sublayer]] = {}
+    sets: dict[float, list[Sublayer]] = {}
     kept: list[Sublayer] = []
     left = measure.total - evaluations_of(layers, shares)
     for place, share in enumerate(shares, start=1):
@@ -112,8 +112,8 @@ def search(measure: Evaluated, layers: int, shares: Sequence[float], seed: int) 
             idle = idle + 1 if len(measure.asked) == known else 0
             known = len(measure.asked)
             measure.bar.set_postfix_str(f"sparsity {share:g}: {measure(best):.3f}")
-        found[share] = kept = sorted(best)
-    return found
+        sets[share] = kept = sorted(best)
+    return sets
 
 
 def evaluations_of(layers: int, shares: Sequence[float]) -> int:
@@ -152,18 +152,18 @@ def rows_of(text: ModelText, arguments: argparse.Namespace) -> list[ChatTokens]:
     return rows
 
 
-def result(found: dict[float, list[Sublayer]], agreement: Evaluated, facts: dict[str, Any]) -> dict[str, Any]:
+def result(skipped_sets: dict[float, list[Sublayer]], agreement: Evaluated, metadata: dict[str, Any]) -> dict[str, Any]:
     """The file of layer sets (cats/planning/sparsity.py)."""
     sets = {}
-    for share, skipped in found.items():
+    for share, skipped in skipped_sets.items():
         view = view_without(skipped)
         sets[f"{share:g}"] = {
             "attention": sorted(view.attention),
             "mlp": sorted(view.mlp),
             "agreement": round(agreement(skipped), 4),
-            "agreement_by_turns": round(agreement(by_turns(facts["layers"])[: len(skipped)]), 4),
+            "agreement_by_turns": round(agreement(by_turns(metadata["layers"])[: len(skipped)]), 4),
         }
-    return {"what": "sublayers that drafts leave out, by sparsity; agreement: top-1 with the whole model", **facts, "sets": sets}
+    return {"what": "sublayers that drafts leave out, by sparsity; agreement: top-1 with the whole model", **metadata, "sets": sets}
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     least = evaluations_of(layers, arguments.shares)
     if arguments.evaluations < least:
         raise CatsError(f"--evaluations is {arguments.evaluations}; the greedy search alone measures up to {least}.")
-    facts = {
+    metadata = {
         "model": model_path.resolve().name,
         "layers": layers,
         "hidden_size": base.config.hidden_size,
@@ -212,12 +212,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "positions": int(sum(row.answer_N[1:].sum() for row in rows)),
     }
     evaluated = arguments.output.with_suffix(".evaluated.json")
-    agree(arguments.output.with_suffix(".settings.json"), facts, write=True)
+    agree(arguments.output.with_suffix(".settings.json"), metadata, write=True)
     with heartbeat("the whole model"):
         measure = Evaluated(Agreement(base, rows), evaluated, arguments.evaluations)
     try:
-        found = search(measure, layers, arguments.shares, arguments.seed)
-        content = result(found, measure, facts | {"evaluations": arguments.evaluations})
+        sets = search(measure, layers, arguments.shares, arguments.seed)
+        content = result(sets, measure, metadata | {"evaluations": arguments.evaluations})
     finally:
         measure.save()
         measure.bar.close()

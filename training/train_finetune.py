@@ -94,7 +94,7 @@ def add_data(data: argparse._ArgumentGroup) -> None:
         "--rows-from", choices=("packed", "conversations"), default="packed", help="on the fly: cut one stream, or one row per conversation"
     )
     data.add_argument("--every-token", action="store_true", help="learn at every token, not only at answer tokens")
-    data.add_argument("--dtype", default=None, help="dtype that the base is held in; default: float32 on CPU, as stored elsewhere")
+    data.add_argument("--dtype", default=None, help="dtype of the base's weights; default: float32 on CPU, as stored elsewhere")
     data.add_argument("--compute-dtype", help="dtype of its arithmetic; default: float32 on CPU, that of --dtype elsewhere")
 
 
@@ -148,12 +148,12 @@ def text_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch.d
     """Training and validation rows that run the frozen base on the fly."""
     base = load_base(arguments.model_path, arguments.dtype, device, run.length, arguments.compute_dtype or "auto")
     text = training_text(arguments.model_path, arguments.template)
-    train, held = split_conversations(arguments)
-    train_rows, held_rows = (
+    train, validation = split_conversations(arguments)
+    train_rows, validation_rows = (
         token_rows(encode_chats(text, chats, base.context), run.length, run.packed, run.every_token)
-        for chats in (train, held[: 20 * run.validation_rows])
+        for chats in (train, validation[: 20 * run.validation_rows])
     )
-    return TextSource(train_rows, base, run.read_exits), TextSource(held_rows, base, run.read_exits)
+    return TextSource(train_rows, base, run.read_exits), TextSource(validation_rows, base, run.read_exits)
 
 
 def stored_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch.device) -> tuple[RowSource, RowSource]:
@@ -162,9 +162,9 @@ def stored_sources(arguments: argparse.Namespace, run: AdapterRun, device: torch
     if arguments.validation_home:
         check_states(arguments.validation_home, run.read_exits, read_config(arguments.model_path).hidden_size)
         return everything, StoredSource(arguments.validation_home, run.read_exits, run.length, device)
-    held = np.arange(0, len(everything), HELD_OUT_EVERY)
-    train = np.setdiff1d(np.arange(len(everything)), held)
-    return everything.subset(train if len(train) else held), everything.subset(held)
+    validation = np.arange(0, len(everything), HELD_OUT_EVERY)
+    train = np.setdiff1d(np.arange(len(everything)), validation)
+    return everything.subset(train if len(train) else validation), everything.subset(validation)
 
 
 def sources_of(arguments: argparse.Namespace, run: AdapterRun, device: torch.device) -> tuple[RowSource, RowSource, str]:
@@ -182,13 +182,13 @@ def sources_of(arguments: argparse.Namespace, run: AdapterRun, device: torch.dev
 
 def export(trainer: AdapterTrainer, arguments: argparse.Namespace) -> None:
     """Write the adapter directories, each with its PROVENANCE.json, and training_log.json, which adds every step."""
-    outdir, facts = Path(arguments.outdir), provenance(trainer, arguments)
+    outdir, metadata = Path(arguments.outdir), provenance(trainer, arguments)
     for name, (exit_layer, adapter) in zip(adapter_names(arguments), trainer.adapters.items(), strict=True):
         adapter.save_pretrained(outdir / name, arguments.bin, DTYPES[arguments.save_dtype])
         figures = trainer.reports[-1]["validation"][str(exit_layer)] if trainer.reports else {}
         hashes = {"sha256": {"model.safetensors": sha256(outdir / name / "model.safetensors")}}
-        write_json(outdir / name / "PROVENANCE.json", facts | {"exit_layer": exit_layer, "validation": figures} | hashes)
-    write_json(outdir / "training_log.json", facts | {"reports": trainer.reports, "steps": trainer.log}, indent=None)
+        write_json(outdir / name / "PROVENANCE.json", metadata | {"exit_layer": exit_layer, "validation": figures} | hashes)
+    write_json(outdir / "training_log.json", metadata | {"reports": trainer.reports, "steps": trainer.log}, indent=None)
 
 
 def provenance(trainer: AdapterTrainer, arguments: argparse.Namespace) -> dict[str, Any]:

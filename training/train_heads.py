@@ -84,15 +84,15 @@ def build_trainer(arguments: argparse.Namespace, run: HeadRun, accelerator: Acce
 
 def export(trainer: HeadTrainer, arguments: argparse.Namespace) -> None:
     """Write the directory of the heads as they are, and training_log.json, which adds every step."""
-    outdir, facts = Path(arguments.outdir), provenance(trainer, arguments)
+    outdir, metadata = Path(arguments.outdir), provenance(trainer, arguments)
     heads = outdir / HEADS
     trainer.head_objective.heads.save_pretrained(heads, DTYPES[arguments.save_dtype])
     figures = trainer.reports[-1]["validation"] if trainer.reports else {}
     if figures:
         save_accuracy(heads, [by_rank(each) for each in figures.values()], [each["positions"] for each in figures.values()])
     hashes = {"sha256": {"model.safetensors": sha256(heads / "model.safetensors")}}
-    write_json(heads / "PROVENANCE.json", facts | {"validation": figures} | hashes)
-    write_json(outdir / "training_log.json", facts | {"reports": trainer.reports, "steps": trainer.log}, indent=None)
+    write_json(heads / "PROVENANCE.json", metadata | {"validation": figures} | hashes)
+    write_json(outdir / "training_log.json", metadata | {"reports": trainer.reports, "steps": trainer.log}, indent=None)
 
 
 def provenance(trainer: HeadTrainer, arguments: argparse.Namespace) -> dict[str, Any]:

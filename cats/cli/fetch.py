@@ -9,8 +9,8 @@ from cats.cli.command import CommandParser, exit_with_sentence
 
 def fetch_with_progress() -> str:
     """The model's directory, as text; a bar on standard error while it is being made."""
-    if (found := smollm2.cached()) is not None:
-        return str(found)
+    if (directory := smollm2.cached()) is not None:
+        return str(directory)
     from cats.cli.progress import live_bar
 
     about = f"SmolLM2-135M-Instruct (93 MB, once; kept in {smollm2.cache_directory()})"

@@ -14,7 +14,7 @@ PROMPT_POSITIONS = 1024
 def add_memory_flags(parser: argparse.ArgumentParser) -> None:
     """Add them to a parser; none has an effect unless it is given."""
     group = parser.add_argument_group("memory")
-    group.add_argument("--memory-budget", help="like 8GB: what does not fit is streamed from the checkpoint (default: everything is held)")
+    group.add_argument("--memory-budget", help="like 8GB: what does not fit is streamed from the checkpoint (default: all is resident)")
     group.add_argument("--budget-covers", choices=COVERS, help="the whole process, or the weights only as in the paper (default: process)")
     group.add_argument("--flash-bandwidth", help="like 1GB/s: imitate a slower flash; figures then say so")
     group.add_argument("--no-pinning", action="store_true", help="the paper's way: hold only the layers that drafting needs")
@@ -72,7 +72,7 @@ def drafts_coarsely(config: MethodConfig) -> bool:
 
 
 def check_coarse(methods: Iterable[MethodConfig]) -> None:
-    """Raise `CatsError` where a coarse copy would be held for nothing."""
+    """Raise `CatsError` where a coarse copy would be resident for nothing."""
     require(
         any(map(drafts_coarsely, methods)),
         "--coarse holds a copy that some methods draft with; name one of them by --method, or leave it out.",

@@ -35,8 +35,8 @@ class ListMethods(argparse.Action):
 
 def method_lines(adapters: Mapping[str, Path]) -> list[str]:
     """The list, a line each; bytes are of the default settings, of adapters as far as they lie in these directories."""
-    head = ("method", "needs", "holds beside the model", "its text is", "what it does")
-    rows = [head, *((name, needed(cls), held_by(cls, adapters), cls.guarantee, first_line(cls)) for name, cls in CLASSES.items())]
+    head = ("method", "needs", "resident beside the model", "its text is", "what it does")
+    rows = [head, *((name, needed(cls), resident_beside(cls, adapters), cls.guarantee, first_line(cls)) for name, cls in CLASSES.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -51,15 +51,15 @@ def needed(cls: type[Method]) -> str:
     return ", ".join(cls.needs(cls.Config()).words) or "nothing"
 
 
-def held_by(cls: type[Method], adapters: Mapping[str, Path]) -> str:
+def resident_beside(cls: type[Method], adapters: Mapping[str, Path]) -> str:
     """Bytes beside the base, where they are known."""
     needs = cls.needs(cls.Config())
     sizes = [stored(adapters.get(name)) for name in needs.adapters]
     if None in sizes:
         return "its adapters"
-    if needs.own and not needs.held_bytes:
+    if needs.own and not needs.resident_bytes:
         return f"its {' and '.join(name.removeprefix('a ') for name in needs.own)}"
-    nbytes = needs.held_bytes + sum(size or 0 for size in sizes)
+    nbytes = needs.resident_bytes + sum(size or 0 for size in sizes)
     return amount(nbytes) if nbytes else "nothing"
 
 

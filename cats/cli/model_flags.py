@@ -38,7 +38,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=sorted(cats.METHODS), help=default)
     add_method_flags(parser)
     parser.add_argument("--no-fallback", action="store_true", help="keep to the method where plain decoding is faster")
-    parser.add_argument("--dtype", default="float32", help="that weights are held in; auto is what config.json says (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of the weights in memory; auto is what config.json says (default: %(default)s)")
     parser.add_argument("--compute-dtype", default="auto", help="of the arithmetic (default: float32 on a CPU, elsewhere --dtype)")
     parser.add_argument("--device", default="cpu")
     add_memory_flags(parser)

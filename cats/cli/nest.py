@@ -46,8 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
                 conversion.verify(nested, original, bar.update)
             else:
                 conversion.restore(nested, Path(arguments.second), bar.update)
-        found = f"{first}: all {len(nested.digests)} tensors" if arguments.verify else f"{arguments.second}: {len(nested.digests)} tensors"
-        sys.stdout.write(f"{found} bit for bit as they were published\n")
+        count = len(nested.digests)
+        tensors = f"{first}: all {count} tensors" if arguments.verify else f"{arguments.second}: {count} tensors"
+        sys.stdout.write(f"{tensors} bit for bit as they were published\n")
         return
     made = conversion.conversion_of(first, Path(arguments.second))
     sys.stderr.write("".join(f"{nbytes / 1e9:8.3f} GB  {what}\n" for what, nbytes in conversion.shown_sizes(made).items()))

@@ -72,17 +72,17 @@ def planned_memory(arguments: argparse.Namespace) -> MemoryOptions:
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Settings of methods on the command line."""
-    found = {name: getattr(arguments, name) for name in every_setting()}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if value is not None}
+    settings = {name: getattr(arguments, name) for name in every_setting()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items() if value is not None}
 
 
 def with_siblings(arguments: argparse.Namespace, adapters: "Mapping[str, AdapterPlace]") -> "dict[str, AdapterPlace | list[AdapterPlace]]":
     """Adapters that came with the default model, with all others of the same folder to choose from; those that were given, alone."""
-    widened: dict[str, AdapterPlace | list[AdapterPlace]] = dict(adapters)
+    candidates: dict[str, AdapterPlace | list[AdapterPlace]] = dict(adapters)
     for name, place in adapters.items():
         brought = getattr(arguments, f"{name}_adapter_path") is None
         if brought and isinstance(place, tuple) and place[1] is None:
             first = Path(place[0])
             others = [path.parent for path in sorted(first.parent.glob("*/config.json")) if path.parent != first]
-            widened[name] = [first, *others]
-    return widened
+            candidates[name] = [first, *others]
+    return candidates

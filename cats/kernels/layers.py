@@ -253,10 +253,11 @@ class Description:
         self._staying, self._numbers = (coded.exceptions, coded.scales), np.zeros(code.DESCRIBED, np.int64)
         self._numbers[code.SCALES], self._kind = address(coded.scales), code.INT8
         if coded.layout is not None and coded.exceptions is not None:
-            found = exceptions_of(coded.exceptions, len(coded.codes))
+            exceptions = exceptions_of(coded.exceptions, len(coded.codes))
             self._kind = code.CODES_BF16 if coded.layout.dtype == torch.bfloat16 else code.CODES_F16
-            self._numbers[code.OFFSET] = int(found.base) << KEPT_BITS
-            self._numbers[code.STARTS : code.SCALES] = [part.data_ptr() for part in (found.starts, found.columns, found.bits)]
+            self._numbers[code.OFFSET] = int(exceptions.base) << KEPT_BITS
+            parts = (exceptions.starts, exceptions.columns, exceptions.bits)
+            self._numbers[code.STARTS : code.SCALES] = [part.data_ptr() for part in parts]
 
     def word(self, coded: Coded) -> int:
         """The word of the matrix, whose codes and low bits lie here in this pass; without these: of the codes alone."""

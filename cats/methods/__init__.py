@@ -31,8 +31,8 @@ __all__ = [
     "with_needs",
 ]
 
-for found in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{found.name}")
+for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{module.name}")
 
 
 def build_method(config: MethodConfig, model: "MultiAdapterCATSModel | None" = None) -> Method:
@@ -43,7 +43,7 @@ def build_method(config: MethodConfig, model: "MultiAdapterCATSModel | None" = N
     cls = CLASSES[config.name]
     if model is None:
         return cls(config)
-    method = cls(config, model.held.get(config, lambda: cls.open(model, config), cls.needs(config).held_bytes))
+    method = cls(config, model.resources.get(config, lambda: cls.open(model, config), cls.needs(config).resident_bytes))
     method.model = model
     return method
 
@@ -67,7 +67,7 @@ def with_needs(memory: MemoryOptions, *configs: MethodConfig) -> MemoryOptions:
         memory,
         nodes=max((memory.nodes, *(build_method(config).max_nodes for config in configs))),
         views=tuple(dict.fromkeys((*memory.views, *(view for need in needs for view in need.views)))),
-        held_bytes=memory.held_bytes + sum(need.held_bytes for need in needs),
+        method_bytes=memory.method_bytes + sum(need.resident_bytes for need in needs),
     )
 
 

@@ -45,19 +45,19 @@ class Needs:
     Attributes:
         adapters: by name.
         views: of the model that it drafts with; under a budget, what they multiply by is resident.
-        held_bytes: of what its `open` will hold; a budget grants them.
+        resident_bytes: of what its `open` will hold; a budget grants them.
         own: what it reads beside the model and its adapters, in words ("a datastore"), given or not.
     """
 
     adapters: tuple[str, ...] = ()
     views: tuple[View, ...] = ()
-    held_bytes: int = 0
+    resident_bytes: int = 0
     own: tuple[str, ...] = ()
 
     @property
     def words(self) -> tuple[str, ...]:
         """Everything, one by one."""
-        own = self.own or (("weights of its own",) if self.held_bytes else ())
+        own = self.own or (("weights of its own",) if self.resident_bytes else ())
         return (*(f"{name} adapter" for name in self.adapters), *(view.label for view in self.views), *own)
 
 
@@ -78,7 +78,7 @@ class Method(ABC):
         shapes: small settings that every parametrised test runs; none given: those of the presets.
         guarantee: what holds of its text, in a line.
         adapters: names of the adapters that it reads, whatever its settings; see `needs`.
-        config, held, model: its settings, what `open` made, and for which model; None where it was built without one.
+        config, resources, model: its settings, what `open` made, and for which model; None where it was built without one.
     """
 
     name: ClassVar[str]
@@ -88,7 +88,7 @@ class Method(ABC):
     guarantee: ClassVar[str] = "lossless"
     adapters: tuple[str, ...] = ()
     config: MethodConfig
-    held: Any = None
+    resources: Any = None
     model: "MultiAdapterCATSModel | None" = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -96,14 +96,14 @@ class Method(ABC):
         if "name" in cls.__dict__:
             register(cls)
 
-    def __init__(self, config: MethodConfig, held: Any = None):
-        self.config, self.held = config, held
+    def __init__(self, config: MethodConfig, resources: Any = None):
+        self.config, self.resources = config, resources
         self.adapters = self.needs(config).adapters
 
     def check_model(self, model: "MultiAdapterCATSModel") -> None:
         """Raise `CatsError` where this method needs what it would hold of `model`, and has it not."""
         holds = type(self).open.__func__ is not Method.open.__func__  # type: ignore[attr-defined]
-        ready = not holds or self.model is model or (self.model is None and self.held is not None)
+        ready = not holds or self.model is model or (self.model is None and self.resources is not None)
         built = "for another model" if self.model is not None else "without a model"
         advice = "use build_method(config, model)"
         require(ready, f"the method {type(self).__name__} holds something of its model and was built {built}; {advice}.")

@@ -78,7 +78,7 @@ class CasSpecConfig(MethodConfig):
 
 
 class Opened(NamedTuple):
-    """What is held with the model."""
+    """What the method keeps with the model."""
 
     router: Router
     levels: tuple[Level, ...]
@@ -112,7 +112,7 @@ class CasSpec(Method):
         "cas-spec-exit": CasSpecConfig(draft_levels=("sparse60", EXIT, LOOKUP), longest_draft=3, tree_nodes=10),
     }
     config: CasSpecConfig
-    held: Opened
+    resources: Opened
 
     @classmethod
     def needs(cls, config: CasSpecConfig) -> Needs:
@@ -161,7 +161,7 @@ class CasSpec(Method):
         """See `Method`."""
         config = self.config
         bounds = Bounds(config.draft_levels, config.longest_draft, config.tree_nodes, config.draft_top_p)
-        self._growth = growth = Growth(cycle, self.held.router, self.held.levels, self._index, bounds)
+        self._growth = growth = Growth(cycle, self.resources.router, self.resources.levels, self._index, bounds)
         if self.config.policy == "dynamic":
             nodes = growth.dynamic()
         else:
@@ -172,7 +172,7 @@ class CasSpec(Method):
 
     def observe(self, cycle: "Cycle", nodes: Sequence[int], logits_TV: torch.Tensor, verdict: Verdict) -> None:
         """See `Method`."""
-        router, path, parents = self.held.router, set(verdict.path), cycle.tree.parents
+        router, path, parents = self.resources.router, set(verdict.path), cycle.tree.parents
         standing = [node for node in self._growth.said if node in verdict.accepted and parents[node] in path]
         router.judge([(level, said, verdict.accepted[node]) for node in standing for level, said in self._growth.said[node]])
         costs = [cost for cost in cycle.passes[self._passes :] if cost.adapter is None]

@@ -100,10 +100,10 @@ class Growth:
         """Grow while that gains more than verifying now."""
         while True:
             with self.cycle.stage("decide"):
-                found = self._decide()
-            if found is None:
+                decision = self._decide()
+            if decision is None:
                 return self.chosen()
-            leaf, choice, now = found
+            leaf, choice, now = decision
             if choice.level == LOOKUP:
                 with self.cycle.stage("draft"):
                     self._look_up(self._made(leaf), choice.length)
@@ -205,7 +205,7 @@ class Growth:
     def _bottom(self, seconds: float) -> tuple[float, float]:
         """Acceptance and cost of the token that the bottom level adds behind any draft."""
         lookup = self.router.acceptances.get(LOOKUP)
-        return (lookup.estimate() * self.router.found, self._row / seconds) if lookup and self.levels else (0.0, 0.0)
+        return (lookup.estimate() * self.router.hit_rate, self._row / seconds) if lookup and self.levels else (0.0, 0.0)
 
     def _options(self, leaf: Leaf, seconds: float, known: Sequence[tuple[Level, float, float]]) -> Iterator[Option]:
         """What can draft behind a leaf, given acceptance and cost of every level where it need not run anything again."""
@@ -257,13 +257,13 @@ class Growth:
         front_value = self.masses()[front]
         left = self.bounds.top_p * (front_value + sum(leaf.value for leaf in leaves)) - front_value
         least = rate * (self._row + self.router.times(level.name).row_seconds()) / self.router.acceptances[level.name].estimate()
-        found: list[Leaf] = []
+        rivals: list[Leaf] = []
         for leaf in leaves[: min(RIVALS, max(0, self._room(front) - 1))]:
             if left <= 0 or leaf.value <= least:
                 break
-            found.append(leaf)
+            rivals.append(leaf)
             left -= leaf.value
-        return found
+        return rivals
 
     def _made(self, leaf: Leaf) -> int:
         """The leaf as a node."""
@@ -311,11 +311,11 @@ class Growth:
         """Note the smallest set of tokens that holds `top_p` of the level's probability."""
         first = self.router.acceptances[level].chance(said[0])
         share = (1 - first) / max(1 - said[0], 1e-9)
-        offered, held = {tokens[0]: first}, said[0]
+        offered, mass = {tokens[0]: first}, said[0]
         for token, probability in zip(tokens[1:], said[1:], strict=True):
-            if held >= self.bounds.top_p:
+            if mass >= self.bounds.top_p:
                 break
-            offered[token], held = min(first, probability * share), held + probability
+            offered[token], mass = min(first, probability * share), mass + probability
         self.offers[node], self.best[node, tokens[0]] = offered, (level, said[0])
         for child in self.tree.children(node):
             self.own[child] = offered.get(self.tree.tokens[child], max(0.0, 1 - sum(offered.values())))

@@ -18,7 +18,7 @@ CERTAIN = 0.995
 SCALES = (1.0, 0.1, 0.001, 0.1, 1e-7)
 """Of (1, rows, context, layers, streamed bytes), so that each is about 1."""
 FIRST_GUESS = (0.0, 0.0, 0.0, 0.01, 0.0)
-"""Seconds by scaled feature before anything is measured: a millisecond a layer."""
+"""Seconds per scaled feature before anything is measured: a millisecond a layer."""
 VAGUE, MEMORY = 100.0, 0.995
 """Variance of the first guess, in variances of one measurement; weight of each measurement when the next one comes."""
 OUTLIER, SETTLED = 4.0, 8

@@ -166,5 +166,5 @@ def with_fallback(method: Method, model: "MultiAdapterCATSModel") -> Method:
     """The method, wrapped; what is learnt of it is kept with the model. Plain decoding itself has nothing to fall back to."""
     if method.max_nodes == 1:
         return method
-    gain: Gain = model.held.get((Gain, method.config), Gain)
+    gain: Gain = model.resources.get((Gain, method.config), Gain)
     return Fallback(method, gain)

@@ -63,7 +63,7 @@ class MedusaConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
-class HeldHeads:
+class MedusaResources:
     """Heads on the model's device, and the tree that is filled with their guesses, as paths of ranks."""
 
     heads: "MedusaHeads"
@@ -82,14 +82,14 @@ class Medusa(Method):
     Config = MedusaConfig
     presets = {"medusa": Preset(MedusaConfig(), "Medusa")}
     config: MedusaConfig
-    held: HeldHeads
+    resources: MedusaResources
 
     @classmethod
     def needs(cls, config: MedusaConfig) -> Needs:
         """The heads' bytes; none where there are no heads, which `open` says."""
         from cats.medusa_heads import stored_bytes  # which loads more than flags should wait for
 
-        return Needs(held_bytes=stored_bytes(config.directory) if config.directory else 0, own=("heads",))
+        return Needs(resident_bytes=stored_bytes(config.directory) if config.directory else 0, own=("heads",))
 
     @classmethod
     def lacks(cls, config: MedusaConfig, base: "PretrainedConfig", coarse: str | None = None) -> str | None:
@@ -107,7 +107,7 @@ class Medusa(Method):
         return None
 
     @classmethod
-    def open(cls, model: "MultiAdapterCATSModel", config: MedusaConfig) -> HeldHeads:
+    def open(cls, model: "MultiAdapterCATSModel", config: MedusaConfig) -> MedusaResources:
         """Load the heads and find their tree; missing ones, and those of another model, raise `CatsError`."""
         from cats.medusa_heads import MedusaHeads, read_accuracy
 
@@ -119,7 +119,7 @@ class Medusa(Method):
         heads = MedusaHeads.from_pretrained(directory)
         heads.compute_in(base.dtype, base.device, base.work)
         accuracy = read_accuracy(directory, heads.shape.heads) or assumed_accuracy(config.depth)
-        return HeldHeads(heads, best_tree([row[: base.config.vocab_size] for row in accuracy[: config.depth]], config.nodes))
+        return MedusaResources(heads, best_tree([row[: base.config.vocab_size] for row in accuracy[: config.depth]], config.nodes))
 
     @property
     def max_nodes(self) -> int:
@@ -129,7 +129,7 @@ class Medusa(Method):
     def propose(self, cycle: "Cycle") -> Sequence[int]:
         """See `Method`."""
         with cycle.stage("draft"):
-            paths = [path for path in self.held.tree if len(path) <= cycle.depth_limit]
+            paths = [path for path in self.resources.tree if len(path) <= cycle.depth_limit]
             nodes: dict[Ranks, int] = {(): 0}
             if paths:
                 tokens, scores = self._guesses(cycle, len(paths[-1]), 1 + max(path[-1] for path in paths))
@@ -143,7 +143,7 @@ class Medusa(Method):
         """The best tokens of the first `heads` heads after the last committed state, and their log-probabilities."""
         base = cycle.state.base
         with cycle.computing(), torch.inference_mode():
-            logits_KV = self.held.heads.logits(base.norm(cycle.state.final_hidden_1D), heads, base.lm_head)
+            logits_KV = self.resources.heads.logits(base.norm(cycle.state.final_hidden_1D), heads, base.lm_head)
             best = torch.log_softmax(logits_KV.float(), dim=-1).topk(ranks, dim=-1)
         return best.indices.tolist(), best.values.tolist()
 

@@ -129,7 +129,7 @@ class Nested(Method):
         "nested-adapter": NestedConfig(steps=6, adaptive=False, draft="adapter"),
     }
     config: NestedConfig
-    held: Pacing
+    resources: Pacing
 
     @classmethod
     def needs(cls, config: NestedConfig) -> Needs:
@@ -173,7 +173,7 @@ class Nested(Method):
                 return coarse_chain(cycle, depth)
             proposer = {"coarse": None, "lookup": self._looked_up, "adapter": self._adapted}[config.draft]
             self._growth = growth = Growth(cycle, depth, config.siblings, config.reach, config.steps, proposer)
-            while growth.grows and (not growth.rounds or not config.adaptive or self.held.pays(growth.chance(self.held))):
+            while growth.grows and (not growth.rounds or not config.adaptive or self.resources.pays(growth.chance(self.resources))):
                 growth.grow()
         return growth.nodes
 
@@ -183,10 +183,10 @@ class Nested(Method):
         if not self.config.adaptive or growth is None:
             return
         for node, margin in growth.trunk_margins:
-            self.held.judge(margin, verdict.accepted[node])
+            self.resources.judge(margin, verdict.accepted[node])
         seconds = cycle.reading()[0]
         exact = sum(cost.seconds for cost in cycle.passes if cost.view == EXACT and cost.adapter is None)
-        self.held.learn(CycleCost(growth.rounds, seconds["draft"], len(nodes), exact, seconds.total, len(verdict.path)))
+        self.resources.learn(CycleCost(growth.rounds, seconds["draft"], len(nodes), exact, seconds.total, len(verdict.path)))
 
     def _looked_up(self, cycle: "Cycle", path: Sequence[int], count: int) -> list[int]:
         """Nodes of what followed the last tokens of the text and the trunk `path` earlier in the text."""

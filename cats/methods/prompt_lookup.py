@@ -54,9 +54,9 @@ class NgramIndex:
         self._indexed = max(self._indexed, len(tokens) - 1)
         last = tokens[-self._longest :] + (ahead or [])
         for size in range(min(self._longest, len(last)), 0, -1):
-            found = self._ends.get(tuple(last[-size:]))
-            if found is not None:
-                return [*tokens[found : found + count], *(ahead or [])][:count], size
+            start = self._ends.get(tuple(last[-size:]))
+            if start is not None:
+                return [*tokens[start : start + count], *(ahead or [])][:count], size
         return [], 0
 
 

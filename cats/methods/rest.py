@@ -64,12 +64,12 @@ class Rest(Method):
     Config = RestConfig
     presets = {"rest": Preset(RestConfig(), "REST")}
     config: RestConfig
-    held: Datastore | None
+    resources: Datastore | None
 
     @classmethod
     def needs(cls, config: RestConfig) -> Needs:
         """See `Method`: the datastore, as large as its file."""
-        return Needs(held_bytes=0 if config.datastore is None else Datastore.open(config.datastore).nbytes, own=("a datastore",))
+        return Needs(resident_bytes=0 if config.datastore is None else Datastore.open(config.datastore).nbytes, own=("a datastore",))
 
     @classmethod
     def lacks(cls, config: RestConfig, base: "PretrainedConfig", coarse: str | None = None) -> str | None:
@@ -101,7 +101,7 @@ class Rest(Method):
 
     def propose(self, cycle: "Cycle") -> Sequence[int]:
         """See `Method`. Scores are the shares of the matches that go on so."""
-        store, config, tree = self.held, self.config, cycle.tree
+        store, config, tree = self.resources, self.config, cycle.tree
         if store is None:
             raise CatsError(f"the datastore of the method {self.name} was not opened; make the method with build_method(config, model).")
         with cycle.stage("lookup"):

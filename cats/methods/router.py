@@ -68,9 +68,9 @@ def best_choice(options: Sequence[Option], a_bottom: float, c_bottom: float) -> 
         for k in range(1, option.longest + 1):
             power *= option.a
             total += power
-            found = (total + power * a_bottom) / (option.c * k + c_bottom)
-            if best is None or found > best.gain:
-                best = Choice(option.level, k, found)
+            gain = (total + power * a_bottom) / (option.c * k + c_bottom)
+            if best is None or gain > best.gain:
+                best = Choice(option.level, k, gain)
     return best
 
 
@@ -83,7 +83,7 @@ class Router:
 
     Attributes:
         acceptances: by level.
-        found: share of look-ups that find something, lately.
+        hit_rate: share of look-ups that find something, lately.
         judged: lately, (level, chance that was given, whether it stood).
         timed: lately, (level or "target", seconds predicted, seconds measured).
     """
@@ -96,7 +96,7 @@ class Router:
         record = read_state(path, self._about) if path is not None and path.exists() else {"acceptances": {}, "times": {}}
         self.acceptances = {level: Acceptance(record["acceptances"].get(level)) for level in levels}
         self._times = {kind: Regression(**entry) for kind, entry in record["times"].items()}
-        self.found = START
+        self.hit_rate = START
         self.judged: deque[tuple[str, float, bool]] = deque(maxlen=HISTORY)
         self.timed: deque[tuple[str, float, float]] = deque(maxlen=HISTORY)
 
@@ -112,9 +112,9 @@ class Router:
         self.timed.append((kind, times.seconds(rows, context, layers, nbytes), seconds))
         times.learn(rows, context, layers, nbytes, seconds)
 
-    def searched(self, found: bool) -> None:
-        """Prompt lookup has found something, or has not."""
-        self.found += (found - self.found) / WINDOW
+    def searched(self, hit: bool) -> None:
+        """Prompt lookup has had a match, or has not."""
+        self.hit_rate += (hit - self.hit_rate) / WINDOW
 
     def judge(self, verdicts: Sequence[tuple[str, float, bool]]) -> None:
         """The cycle is over: levels, the probabilities that they gave, and whether the target took the tokens."""

@@ -64,7 +64,7 @@ class Source:
                 self.forms[name], self.files[name] = TensorForm(tensor.dtype, tuple(tensor.shape)), path.name
 
     def _pickled(self, path: Path) -> dict[str, torch.Tensor]:
-        """A shard, of which one is held."""
+        """A shard, of which one is in memory at a time."""
         if self._shard[0] != path:
             self._shard = (None, {})
             self._shard = (path, read_pickle(path))
@@ -133,18 +133,18 @@ def rows_in(place: TensorPlace, start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of a tensor on disk, as a matrix."""
     _, columns = flattened(place.shape)
     width = columns * place.dtype.itemsize
-    found = np.fromfile(place.path, np.uint8, (stop - start) * width, offset=place.offset + start * width)
-    require(len(found) == (stop - start) * width, f"{place.path} was cut short while it was being read; fetch it again.")
-    return torch.from_numpy(found).view(place.dtype).view(stop - start, columns)
+    values = np.fromfile(place.path, np.uint8, (stop - start) * width, offset=place.offset + start * width)
+    require(len(values) == (stop - start) * width, f"{place.path} was cut short while it was being read; fetch it again.")
+    return torch.from_numpy(values).view(place.dtype).view(stop - start, columns)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file of ours; `CatsError` where there are none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        found = json.loads(file.read(length)).get("__metadata__", {})
-    require(any(key.startswith(ORIGINAL) for key in found), f"{path} does not say what it was made of; convert the checkpoint again.")
-    return dict(found)
+        metadata = json.loads(file.read(length)).get("__metadata__", {})
+    require(any(key.startswith(ORIGINAL) for key in metadata), f"{path} does not say what it was made of; convert the checkpoint again.")
+    return dict(metadata)
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ class Conversion:
 def fields_of(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory."""
     try:
-        found: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        fields: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CatsError(f"cannot read {directory / 'config.json'}: {error}; fetch the checkpoint again.") from error
-    return found
+    return fields
 
 
 def conversion_of(directory: Path, target: Path) -> Conversion:
@@ -311,8 +311,8 @@ def copied_tensor(source: Source, name: str, making: Making) -> str:
 def other_files(directory: Path) -> list[Path]:
     """Everything in a checkpoint directory but weights and configuration: tokenizer, chat template, licence."""
     left_out = (*INDEX_FILES, NESTED_INDEX, "config.json", ORIGINAL_CONFIG)
-    found = (path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith("."))
-    return [path for path in found if not path.name.endswith(WEIGHT_SUFFIXES) and path.name not in left_out]
+    files = (path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return [path for path in files if not path.name.endswith(WEIGHT_SUFFIXES) and path.name not in left_out]
 
 
 def opened(directory: Path) -> NestedSource:

@@ -183,9 +183,10 @@ def exceptions_of(listed_E: torch.Tensor, rows: int) -> Exceptions:
 
 def exceptions_between(listed_E: torch.Tensor, rows: int, start: int, stop: int) -> torch.Tensor:
     """The list of rows [start, stop) alone, of that of a matrix of so many rows."""
-    found = exceptions_of(listed_E, rows)
-    first, last = found.starts[[start, stop]].tolist()
-    return listed(int(found.base), found.starts[start : stop + 1].diff(), found.columns[first:last], found.bits[first:last])
+    exceptions = exceptions_of(listed_E, rows)
+    first, last = exceptions.starts[[start, stop]].tolist()
+    counts_R = exceptions.starts[start : stop + 1].diff()
+    return listed(int(exceptions.base), counts_R, exceptions.columns[first:last], exceptions.bits[first:last])
 
 
 def check_exceptions(listed_E: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
@@ -193,10 +194,11 @@ def check_exceptions(listed_E: torch.Tensor, shape: tuple[int, ...], name: str) 
     rows, columns = shape
     entries = len(listed_E) - HEADER - rows - 1
     if entries >= 0 and entries % 2 == 0:
-        found = exceptions_of(listed_E, rows)
-        ordered = bool((found.starts.diff() >= 0).all()) and int(found.starts[0]) == 0 and int(found.starts[-1]) == entries // 2
-        inside = bool(((found.columns >= 0) & (found.columns < columns)).all())
-        if ordered and inside and 0 <= int(found.base) < 256:
+        exceptions = exceptions_of(listed_E, rows)
+        starts = exceptions.starts
+        ordered = bool((starts.diff() >= 0).all()) and int(starts[0]) == 0 and int(starts[-1]) == entries // 2
+        inside = bool(((exceptions.columns >= 0) & (exceptions.columns < columns)).all())
+        if ordered and inside and 0 <= int(exceptions.base) < 256:
             return
     where = f"a matrix of {rows} rows and {columns} columns"
     raise CatsError(f"{name} is no list of exceptions of {where}; the file is damaged, convert the checkpoint again.")
@@ -252,24 +254,25 @@ def decode(
 ) -> torch.Tensor:
     """Rows [start, stop) of the matrix as it was, bit for bit."""
     rows, columns = codes_RK.shape
-    stop, found = rows if stop is None else stop, exceptions_of(listed_E, rows)
+    stop, exceptions = rows if stop is None else stop, exceptions_of(listed_E, rows)
     out = torch.empty(stop - start, columns, dtype=torch.int16, device=codes_RK.device)
     for first, last in row_blocks(start, stop, columns):
         codes, low = codes_RK[first:last], unpacked(low_RB[first:last], columns, layout)
-        torch.bitwise_or((magnitudes(codes, found.base, layout) | low) - layout.half, signs(codes), out=out[first - start : last - start])
-    restore(out, found, start, stop)
+        into = out[first - start : last - start]
+        torch.bitwise_or((magnitudes(codes, exceptions.base, layout) | low) - layout.half, signs(codes), out=into)
+    restore(out, exceptions, start, stop)
     return out.view(layout.dtype)
 
 
-def restore(bits_RK: torch.Tensor, found: Exceptions, start: int, stop: int) -> None:
+def restore(bits_RK: torch.Tensor, exceptions: Exceptions, start: int, stop: int) -> None:
     """Put the exceptions of rows [start, stop) into their places."""
-    whole = stop - start == len(found.starts) - 1
-    first, last = (0, len(found.columns)) if whole else found.starts[[start, stop]].tolist()
+    whole = stop - start == len(exceptions.starts) - 1
+    first, last = (0, len(exceptions.columns)) if whole else exceptions.starts[[start, stop]].tolist()
     if first == last:
         return
     rows = torch.arange(stop - start, device=bits_RK.device)
-    of_entry = torch.repeat_interleave(rows, found.starts[start : stop + 1].diff(), output_size=last - first)
-    bits_RK[of_entry, found.columns[first:last].long()] = found.bits[first:last].to(torch.int16)
+    of_entry = torch.repeat_interleave(rows, exceptions.starts[start : stop + 1].diff(), output_size=last - first)
+    bits_RK[of_entry, exceptions.columns[first:last].long()] = exceptions.bits[first:last].to(torch.int16)
 
 
 def decode_coarse(codes_RK: torch.Tensor, listed_E: torch.Tensor, layout: Layout, start: int = 0, stop: int | None = None) -> torch.Tensor:

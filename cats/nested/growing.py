@@ -150,13 +150,13 @@ class Making:
     def _journal_lines(self) -> list[dict[str, Any]]:
         """What earlier runs have noted, up to a line that was cut short."""
         path = self.directory / JOURNAL
-        found: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return found
+        return lines
 
     def note(self, name: str, note: str) -> None:
         """A piece of work is complete: it will not be done again."""

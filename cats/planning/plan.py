@@ -20,7 +20,7 @@ SAMPLING_BYTES = 32
 EXACT_PRECISION, COARSE_PRECISION = "exact", "coarse"
 ALL, BEHIND, HOSTED, LIBRARIES = "all layers", "pinned behind the front", "weights in host memory", "interpreter and libraries"
 ALWAYS = "small parts of streamed weights"
-BY_METHODS = "held by methods"
+BY_METHODS = "method resources"
 STAGING_PLACES = 2
 """On a device, for pieces that are copied there in every pass."""
 
@@ -31,7 +31,7 @@ class Piece:
 
     Attributes:
         nbytes: as stored, which is what a stream moves.
-        held: bytes in memory where the piece is resident; less than `nbytes` where it is rounded when it is loaded.
+        resident_bytes: in memory, where the piece is resident; less than `nbytes` where it is rounded when it is loaded.
         part: which part of its matrix: "exact" is all of it, as it was published.
         precisions: of the views that need it; `EXACT_PRECISION` is the exact pass's.
         always: whether it is resident under every plan.
@@ -41,7 +41,7 @@ class Piece:
     layer: int
     matrix: str
     nbytes: int
-    held: int
+    resident_bytes: int
     part: str = "exact"
     precisions: frozenset[str] = frozenset({EXACT_PRECISION})
     always: bool = False
@@ -98,7 +98,7 @@ class View:
 
 EXACT = View()
 COARSE = View(precision=COARSE_PRECISION)
-"""The whole model, of weights that are stored or held in a coarse form as well."""
+"""The whole model, of weights that are stored or resident in a coarse form as well."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class ModelSizes:
 
     Attributes:
         matrices: name and bytes of every matrix of one decoder layer, in the order in which a layer uses them.
-        other_layer_bytes: norms and biases of one layer, always held; the model's last norm is charged as much.
-        adapter_bytes: one exit adapter, as held; where they differ in size, their mean, rounded up.
+        other_layer_bytes: norms and biases of one layer, always resident; the model's last norm is charged as much.
+        adapter_bytes: one exit adapter, as resident; where they differ in size, their mean, rounded up.
         kv_width: kv_heads * head_dim.
-        widen_bytes: work space of the projections (cats/linear.py).
+        work_bytes: work space of the projections (cats/linear.py).
         rotary_numbers: positions of the context by head_dim: the cosines of a rotary table.
         stored: every piece of the layers, in the order of the exact pass; where none is given, layers are equal and `matrices` whole.
         table_bytes: the embedding table, where it is another tensor than the head.
@@ -125,7 +125,7 @@ class ModelSizes:
     other_layer_bytes: int
     lm_head_bytes: int
     adapter_bytes: int
-    widen_bytes: int = 0
+    work_bytes: int = 0
     rotary_numbers: int = 0
     stored: tuple[Piece, ...] = ()
     table_bytes: int = 0
@@ -156,7 +156,7 @@ class Demand:
         interpreter_bytes: the process before any weight is loaded.
         views: that the method drafts with; what they need is resident.
         table: whether the embedding table is resident; else rows of it are read when their tokens occur.
-        held_bytes: of what methods keep with the model for its whole life.
+        method_bytes: of what methods keep resident with the model for its whole life.
     """
 
     front: int = 0
@@ -169,7 +169,7 @@ class Demand:
     interpreter_bytes: int = 0
     views: tuple[View, ...] = ()
     table: bool = False
-    held_bytes: int = 0
+    method_bytes: int = 0
 
     def keeps(self, piece: Piece) -> bool:
         """Whether `piece` must be resident: drafting multiplies by it, or it always is."""
@@ -185,12 +185,12 @@ class MemoryPlan:
         demand: what was asked.
         budget_bytes: None: no limit, everything resident.
         covers: "process", or "weights": the paper's way, which leaves out interpreter, caches and activations.
-        pinned: pieces held, those that drafting needs included.
+        pinned: resident pieces, those that drafting needs included.
         streamed: pieces read once per target pass, in the order of use.
         ring_bytes: 0 where nothing is streamed.
         charges: what each part of memory was charged with; sums to at most the budget.
         sizes: of the model.
-        hosted: pieces held in host memory and copied to a device with memory of its own in every pass.
+        hosted: pieces resident in host memory and copied to a device with memory of its own in every pass.
         device_charges: what each part of that device's memory was charged with; none where there is one memory for everything.
     """
 
@@ -263,11 +263,11 @@ def plan_memory(
     left = limit - sum(nbytes for _, nbytes in needed)
     if left < 0:
         raise BudgetError(refusal(sizes, demand, int(limit), covers, needed))
-    gains = {piece: sum(held(other.held, covers) for other in spared_by(piece, front)) for piece in behind}
+    gains = {piece: sum(charged_bytes(other.resident_bytes, covers) for other in spared_by(piece, front)) for piece in behind}
     unit = arena(1, covers)
     slack = unit if unit > 1 and any(gains.values()) else 0  # bytes that move from one rounded sum to another
     room = max(0, int(left) // unit * unit - slack) if demand.pinning else 0
-    extra = spread([(piece, held(piece.held, covers) - gains[piece]) for piece in behind], room)
+    extra = spread([(piece, charged_bytes(piece.resident_bytes, covers) - gains[piece]) for piece in behind], room)
     front = without_spared(front, extra)
     needed[-2] = (front_name(demand), resident_bytes(front, covers))
     streamed = tuple(piece for piece in behind if piece not in extra)
@@ -285,27 +285,28 @@ def plan_two_memories(sizes: ModelSizes, demand: Demand, budget_bytes: int | Non
     front, behind = [piece for piece in used if demand.keeps(piece)], [piece for piece in used if not demand.keeps(piece)]
     fixed = fixed_charges(sizes, demand, "process")
     host = [(name, nbytes) for name, nbytes in fixed if name == LIBRARIES and covers == "process"]
-    needed = [*((name, nbytes) for name, nbytes in fixed if name != LIBRARIES), (front_name(demand), sum(piece.held for piece in front))]
-    if demand.pinning and sum(nbytes for _, nbytes in needed) + sum(piece.held for piece in behind) <= device_bytes:
-        everything = (*needed[:-1], (ALL, sum(piece.held for piece in used)))
+    needed = [(name, nbytes) for name, nbytes in fixed if name != LIBRARIES]
+    needed.append((front_name(demand), sum(piece.resident_bytes for piece in front)))
+    if demand.pinning and sum(nbytes for _, nbytes in needed) + sum(piece.resident_bytes for piece in behind) <= device_bytes:
+        everything = (*needed[:-1], (ALL, sum(piece.resident_bytes for piece in used)))
         return MemoryPlan(demand, budget_bytes, covers, frozenset(used), (), 0, 0, tuple(host), sizes, frozenset(), everything)
     needed.append(("staging", STAGING_PLACES * max(piece.nbytes for piece in behind)))
     left = device_bytes - sum(nbytes for _, nbytes in needed)
     if left < 0:
         raise BudgetError(refusal(sizes, demand, device_bytes, covers, needed, "the device's memory needs"))
-    extra = spread([(piece, piece.held) for piece in behind], left if demand.pinning else 0)
+    extra = spread([(piece, piece.resident_bytes) for piece in behind], left if demand.pinning else 0)
     others = [piece for piece in behind if piece not in extra]
     limit = (float("inf") if budget_bytes is None else budget_bytes) - sum(nbytes for _, nbytes in host)
     ring, hosted = 0, frozenset(others)
-    if not demand.pinning or sum(held(piece.nbytes, covers) for piece in others) > limit:
+    if not demand.pinning or sum(charged_bytes(piece.nbytes, covers) for piece in others) > limit:
         ring = ring_bytes(others, demand)
         if arena(ring, covers) > limit:
             raise BudgetError(refusal(sizes, demand, budget_bytes or 0, covers, [*host, ("ring", arena(ring, covers))]))
         room = int(limit) - arena(ring, covers) if demand.pinning else 0
-        hosted = spread([(piece, held(piece.nbytes, covers)) for piece in others], room)
+        hosted = spread([(piece, charged_bytes(piece.nbytes, covers)) for piece in others], room)
     streamed = tuple(piece for piece in others if piece not in hosted)
-    charges = (*host, (HOSTED, sum(held(piece.nbytes, covers) for piece in hosted)), ("ring", arena(ring, covers)))
-    device = (*needed, (BEHIND, sum(piece.held for piece in extra)))
+    charges = (*host, (HOSTED, sum(charged_bytes(piece.nbytes, covers) for piece in hosted)), ("ring", arena(ring, covers)))
+    device = (*needed, (BEHIND, sum(piece.resident_bytes for piece in extra)))
     moved = sum(piece.nbytes for piece in streamed)
     return MemoryPlan(demand, budget_bytes, covers, frozenset(front) | extra, streamed, ring, moved, charges, sizes, hosted, device)
 
@@ -335,22 +336,22 @@ def front_name(demand: Demand) -> str:
 
 
 def resident_bytes(pieces: Iterable[Piece], covers: str) -> int:
-    """What holding these pieces is charged."""
-    return arena(sum(held(piece.held, covers) for piece in pieces), covers)
+    """What these pieces are charged while they are resident."""
+    return arena(sum(charged_bytes(piece.resident_bytes, covers) for piece in pieces), covers)
 
 
 def fixed_charges(sizes: ModelSizes, demand: Demand, covers: str) -> list[tuple[str, int]]:
     """What every plan holds, whatever is streamed."""
     weights = [
-        ("lm_head", held(sizes.lm_head_bytes, covers)),
-        ("embedding table", held(sizes.table_bytes, covers) if demand.table else 0),
+        ("lm_head", charged_bytes(sizes.lm_head_bytes, covers)),
+        ("embedding table", charged_bytes(sizes.table_bytes, covers) if demand.table else 0),
         ("norms and biases", (sizes.layers + 1) * sizes.other_layer_bytes),
         ("adapters", demand.adapters * sizes.adapter_bytes),
-        (BY_METHODS, demand.held_bytes),
+        (BY_METHODS, demand.method_bytes),
     ]
     working = [
         (LIBRARIES, demand.interpreter_bytes),
-        ("work space", sizes.widen_bytes),
+        ("work space", sizes.work_bytes),
         ("rotary tables", rotary_bytes(sizes, demand)),
         ("KV caches", kv_bytes(sizes, demand)),
         ("activations", activation_bytes(sizes, demand)),
@@ -398,7 +399,7 @@ def window(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE + PAGE
 
 
-def held(nbytes: int, covers: str) -> int:
+def charged_bytes(nbytes: int, covers: str) -> int:
     """What a resident tensor is charged: its window in memory, or (budget of weights) its own bytes."""
     return window(nbytes) if covers == "process" and nbytes else nbytes
 
@@ -448,7 +449,7 @@ def refusal(
 
 def view_needs(sizes: ModelSizes, demand: Demand, covers: str) -> list[str]:
     """What each of the demand's views alone would take in all, those that take the least first."""
-    found = []
+    totals = []
     for view in demand.views:
         alone = replace(demand, views=(view,))
         used = [piece for piece in sizes.pieces if alone.keeps(piece) or EXACT.needs(piece)]
@@ -456,8 +457,8 @@ def view_needs(sizes: ModelSizes, demand: Demand, covers: str) -> list[str]:
         front = without_spared(kept, kept)
         ring = ring_bytes([piece for piece in used if not alone.keeps(piece)], alone)
         fixed = sum(nbytes for _, nbytes in fixed_charges(sizes, alone, covers))
-        found.append((fixed + resident_bytes(front, covers) + arena(ring, covers), view.label))
-    return [f"{label}: {amount(nbytes)}" for nbytes, label in sorted(found)]
+        totals.append((fixed + resident_bytes(front, covers) + arena(ring, covers), view.label))
+    return [f"{label}: {amount(nbytes)}" for nbytes, label in sorted(totals)]
 
 
 def amount(nbytes: int) -> str:

@@ -123,15 +123,15 @@ def choose(options: Sequence[Option], machine: MachineProfile, budget_bytes: int
         BudgetError: nothing fits; the sentence is that of the option that asks for least.
     """
     rings = RINGS if ring_buffers is None else (ring_buffers,)
-    found, refused = [], {}
+    candidates, refused = [], {}
     for option in options:
         try:
-            found.append(with_best_ring(list(priced(option, machine, budget_bytes, covers, rings))))
+            candidates.append(with_best_ring(list(priced(option, machine, budget_bytes, covers, rings))))
         except BudgetError as error:
             refused[option.label] = str(error)
-    if not found:
+    if not candidates:
         raise BudgetError(refused[min(options, key=lambda option: (option.demand.front, option.demand.nodes)).label])
-    ordered = sorted(found, key=lambda candidate: candidate.tokens_per_second, reverse=True)
+    ordered = sorted(candidates, key=lambda candidate: candidate.tokens_per_second, reverse=True)
     return Choice(tuple(ordered), refused, machine)
 
 

@@ -166,8 +166,8 @@ def load(path: Path, kind: str, build: Callable[[Mapping[str, Any]], T]) -> T:
     """Read JSON of one format and build what it stands for; every fault becomes one sentence."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        found = fields.get("format") if isinstance(fields, dict) else None
-        check(found == kind, f"its format is {found!r}, not {kind!r}")
+        named = fields.get("format") if isinstance(fields, dict) else None
+        check(named == kind, f"its format is {named!r}, not {kind!r}")
         return build(fields)
     except KeyError as error:
         raise CatsError(f"{path} lacks {error.args[0]!r}; make it again, or remove it.") from error

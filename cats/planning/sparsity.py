@@ -72,29 +72,29 @@ class Sparse(View):
         if self.sets is None and (not SHIPPED.is_file() or not fits(read_sets(SHIPPED), layers, width)):
             return view_without(by_turns(layers)[: skipped_count(self.sparsity, layers)])
         path = self.sets or SHIPPED
-        found = read_sets(path)
-        if not fits(found, layers, width):
-            has = f"{found['layers']} layers of width {found['hidden_size']}"
+        content = read_sets(path)
+        if not fits(content, layers, width):
+            has = f"{content['layers']} layers of width {content['hidden_size']}"
             raise CatsError(f"the layer sets in {path} are of a model with {has}, this one has {layers} of {width}; search its own.")
-        chosen = found["sets"].get(f"{self.sparsity:g}")
+        chosen = content["sets"].get(f"{self.sparsity:g}")
         if chosen is None:
-            known = ", ".join(found["sets"])
+            known = ", ".join(content["sets"])
             raise CatsError(f"{path} has layer sets of sparsity {known}, none of {self.sparsity:g}; search it, or leave --layer-sets out.")
         return view_of(chosen)
 
 
-def fits(found: Mapping[str, Any], layers: int, width: int) -> bool:
+def fits(content: Mapping[str, Any], layers: int, width: int) -> bool:
     """Whether layer sets are of a model of this shape."""
-    return (found["layers"], found["hidden_size"]) == (layers, width)
+    return (content["layers"], content["hidden_size"]) == (layers, width)
 
 
 def read_sets(path: Path) -> dict[str, Any]:
     """A file of layer sets, checked; raises `CatsError`."""
     advice = "search it again by python -m training.search_layer_sets."
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        sets = [(float(share), view_of(one), found["layers"]) for share, one in found["sets"].items()]
-        int(found["hidden_size"])
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        sets = [(float(share), view_of(one), content["layers"]) for share, one in content["sets"].items()]
+        int(content["hidden_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CatsError(f"cannot read layer sets from {path}: {error!r}; {advice}") from error
     before = View()
@@ -105,7 +105,7 @@ def read_sets(path: Path) -> dict[str, Any]:
         if not (before.attention <= view.attention and before.mlp <= view.mlp):
             raise CatsError(f"the layer sets in {path} do not nest: sparsity {share:g} runs what a lower one leaves out; {advice}")
         before = view
-    return found
+    return content
 
 
 def view_of(chosen: Mapping[str, list[int]]) -> View:

@@ -15,7 +15,7 @@ import torch
 
 from cats.checkpoint import TensorPlace
 from cats.errors import CatsError
-from cats.planning.plan import EXACT, Demand, MemoryPlan, Piece, View, amount, held
+from cats.planning.plan import EXACT, Demand, MemoryPlan, Piece, View, amount, charged_bytes
 from cats.runtime.arena import Arena
 from cats.runtime.budget import Ledger, give_back_freed_memory
 from cats.runtime.direct_file import DirectFile, read_tensor_into, window_bytes
@@ -164,14 +164,14 @@ class Store:
 
     def host(self, piece: Piece, tensor: torch.Tensor) -> None:
         """Keep a piece in page-locked host memory, as stored, to be copied to the device in every pass."""
-        self.ledger.charge(self.plan.grant(piece), held(tensor.nbytes, self.plan.covers))
+        self.ledger.charge(self.plan.grant(piece), charged_bytes(tensor.nbytes, self.plan.covers))
         self._hosted[piece] = tensor.pin_memory()
 
     def place(self, tensor: torch.Tensor, dtype: torch.dtype, grant: str, copy: bool) -> torch.Tensor:
         """The tensor on the compute device in `dtype`, charged to `grant`; itself where it is that already, unless `copy` says no."""
         nbytes = tensor.numel() * dtype.itemsize
         exact = copy or bool(self.plan.device_charges)
-        self.ledger.charge(grant, nbytes if exact else held(nbytes, self.plan.covers))
+        self.ledger.charge(grant, nbytes if exact else charged_bytes(nbytes, self.plan.covers))
         return tensor.to(self.device, dtype, copy=copy)
 
     def read(self, name: str) -> torch.Tensor:
@@ -222,7 +222,7 @@ class Store:
         return AT_ONCE if self.streamer is None or not names else self.streamer.keeping(names)
 
     def opener(self, pieces: Sequence[Piece]) -> Opener:
-        """What gives the parts of one matrix; its resident pieces are held by now."""
+        """What gives the parts of one matrix; its resident pieces are in memory by now."""
         resident: dict[str, dict[str, torch.Tensor]] = {}
         streamed: dict[str, list[Piece]] = {}
         for precision in {precision for piece in pieces for precision in piece.precisions}:

@@ -50,8 +50,8 @@ class Streamed:
     @property
     def what(self) -> str:
         """As errors name it: "layer 7, mlp.up_proj"."""
-        found = re.search(r"(?:^|\.)layers\.(\d+)\.(.+?)(?:\.weight)?$", self.name)
-        return f"layer {found[1]}, {found[2]}" if found else self.name
+        match = re.search(r"(?:^|\.)layers\.(\d+)\.(.+?)(?:\.weight)?$", self.name)
+        return f"layer {match[1]}, {match[2]}" if match else self.name
 
 
 class Arrival(Protocol):
@@ -178,7 +178,7 @@ class Streamer:
         self.bytes_taken = 0
         self.wait_seconds = 0.0
         self.waits: deque[tuple[float, float]] = deque(maxlen=MOST_EVENTS)
-        self._held: list[Slot] = []
+        self._in_use: list[Slot] = []
         self._kept: dict[str, torch.Tensor] | None = None
 
     @property
@@ -229,8 +229,8 @@ class Streamer:
                 self._kept[name] = self._take(name)
             yield self._kept[name]
             return
-        if self._held:
-            raise RuntimeError(f"{self.order[self._held[0].index].name} is still in use; leave its `with` block first")
+        if self._in_use:
+            raise RuntimeError(f"{self.order[self._in_use[0].index].name} is still in use; leave its `with` block first")
         try:
             yield self._take(name)
         finally:
@@ -242,7 +242,7 @@ class Streamer:
 
         The ring must hold all of them; those that are not asked for are as good as any other tensor.
         """
-        if self._held or self._kept is not None:
+        if self._in_use or self._kept is not None:
             raise RuntimeError("tensors are still in use; leave their `with` block first")
         self._kept = {}
         try:
@@ -260,19 +260,19 @@ class Streamer:
     def busy_until(self, used: Arrival) -> None:
         """Keep the places of the tensors in hand until their use is over (a device has copied them), also when their block has ended; of
         those that wait for a use already, that of the last one."""
-        for place, slot in enumerate(self._held, start=1):
-            if slot.busy is None or place == len(self._held):
+        for place, slot in enumerate(self._in_use, start=1):
+            if slot.busy is None or place == len(self._in_use):
                 slot.busy = used
 
     def _take(self, name: str) -> torch.Tensor:
-        """Wait for a tensor, behind those that are held."""
+        """Wait for a tensor, behind those in use."""
         index = self._indices[name]
         if index == 0:
             self._reader.check_files()
         begin = time.perf_counter()
         try:
-            slot = self._reader.await_slot(index, len(self._held))
-            self._held.append(slot)
+            slot = self._reader.await_slot(index, len(self._in_use))
+            self._in_use.append(slot)
         finally:
             end = time.perf_counter()
             self.wait_seconds += end - begin
@@ -282,9 +282,9 @@ class Streamer:
         return tensor_in_window(self._reader.arena, slot.start, self.order[index].place)
 
     def _release(self) -> None:
-        for slot in self._held:
+        for slot in self._in_use:
             self._reader.release(slot)
-        self._held = []
+        self._in_use = []
 
     def close(self) -> None:
         """End the reader and close the files; a wait in another thread ends with an error. An unreachable streamer closes itself."""
@@ -310,12 +310,12 @@ class _Reader:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def await_slot(self, index: int, held: int) -> Slot:
-        """The oldest slot behind `held` others, once it is ready; it holds tensor `index`. Wakes up for signals, errors, closing and a
+    def await_slot(self, index: int, in_use: int) -> Slot:
+        """The oldest slot behind `in_use` others, once it is ready; it holds tensor `index`. Wakes up for signals, errors, closing and a
         dead thread."""
         with self._changed:
-            self.go_to(index, held)
-            while (slot := self._slot(held)) is None or not slot.ready or self._closed:
+            self.go_to(index, in_use)
+            while (slot := self._slot(in_use)) is None or not slot.ready or self._closed:
                 if self._closed:
                     raise CatsError(f"the weights' reader was closed before {self.order[index].what} was read; load the model again.")
                 if self._error is not None:
@@ -328,9 +328,9 @@ class _Reader:
                 self._changed.wait(POLL_SECONDS)
             return slot
 
-    def _slot(self, held: int) -> Slot | None:
-        """The oldest slot behind those that are leaving and `held` others."""
-        place = self._leaving + held
+    def _slot(self, in_use: int) -> Slot | None:
+        """The oldest slot behind those that are leaving and `in_use` others."""
+        place = self._leaving + in_use
         return self._ring.slots[place] if len(self._ring.slots) > place else None
 
     def make_room(self, indices: Sequence[int]) -> None:
@@ -372,12 +372,12 @@ class _Reader:
             self._leaving -= 1
         return self._leaving == 0
 
-    def go_to(self, index: int, held: int) -> None:
-        """Make tensor `index` the next one to be taken behind `held` others; if it is not already, what was read ahead is dropped."""
+    def go_to(self, index: int, in_use: int) -> None:
+        """Make tensor `index` the next one to be taken behind `in_use` others; if it is not already, what was read ahead is dropped."""
         with self._changed:
-            slot = self._slot(held)
+            slot = self._slot(in_use)
             if index != (self._next if slot is None else slot.index):
-                if held:
+                if in_use:
                     raise RuntimeError(f"{self.order[index].name} does not follow on what is in use")
                 self._drop_all()
                 self._next = index

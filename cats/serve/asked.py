@@ -86,12 +86,12 @@ def read_asked(body: bytes, temperature: float, seed: int) -> Asked:
 def json_object(body: bytes) -> dict[str, Any]:
     """The object that a body holds."""
     try:
-        found = json.loads(body)
+        value = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {str(error)[:100]}.", code="invalid_json") from error
-    if not isinstance(found, dict):
-        raise RequestError(400, f"the body is a JSON {type(found).__name__}; send an object.", code="invalid_json")
-    return found
+    if not isinstance(value, dict):
+        raise RequestError(400, f"the body is a JSON {type(value).__name__}; send an object.", code="invalid_json")
+    return value
 
 
 def check_names(fields: Mapping[str, Any]) -> None:

@@ -26,24 +26,24 @@ class Visible:
 
     def __init__(self, stops: Sequence[str]):
         self._stops = stops
-        self._held: list[Piece] = []
+        self._pending: list[Piece] = []
         self._begun = self._ended = False
 
     def add(self, piece: Piece) -> list[Piece]:
         """What is certain now."""
         if self._ended:
             return []
-        self._held.append(piece)
-        text = "".join(held.text for held in self._held)
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if not found:
+        self._pending.append(piece)
+        text = "".join(part.text for part in self._pending)
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if not places:
             return self._released(len(text) - self._begins_a_stop(text))
         self._ended = True
-        return self._released(min(found))
+        return self._released(min(places))
 
     def end(self) -> list[Piece]:
         """The rest, when no more will come."""
-        return [] if self._ended else self._released(sum(len(held.text) for held in self._held))
+        return [] if self._ended else self._released(sum(len(part.text) for part in self._pending))
 
     def _begins_a_stop(self, text: str) -> int:
         """Characters at the end of `text` that a stop string begins with."""
@@ -52,17 +52,17 @@ class Visible:
         return next((size for size in tails if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
 
     def _released(self, until: int) -> list[Piece]:
-        """What is held of the first `until` characters, without the white space at its ends."""
-        text = "".join(held.text for held in self._held)[:until].rstrip()
+        """What is pending of the first `until` characters, without the white space at its ends."""
+        text = "".join(part.text for part in self._pending)[:until].rstrip()
         skipped = 0 if self._begun else len(text) - len(text.lstrip())
         self._begun |= bool(text)
         shown, rest, begin = [], [], 0
-        for held in self._held:
-            end = begin + len(held.text)
-            shown.append(Piece(text[max(begin, skipped) : end], held.by))
-            rest.append(Piece(held.text[max(0, len(text) - begin) :], held.by))
+        for part in self._pending:
+            end = begin + len(part.text)
+            shown.append(Piece(text[max(begin, skipped) : end], part.by))
+            rest.append(Piece(part.text[max(0, len(text) - begin) :], part.by))
             begin = end
-        self._held = [piece for piece in rest if piece.text]
+        self._pending = [piece for piece in rest if piece.text]
         return [piece for piece in shown if piece.text]
 
 

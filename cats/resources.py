@@ -11,7 +11,7 @@ from torch import nn
 from cats.errors import ContractError
 
 
-class Held:
+class Resources:
     """Things by the configuration that they were made for; `charge` is told their bytes."""
 
     def __init__(self, charge: Callable[[int], None]):
