@@ -1,4 +1,4 @@
-"""Tokens per second while weights stream, from result files of `scripts.benchmark_streaming`: a Markdown table, and a bar picture.
+"""Tokens per second while weights stream, from result files of `evaluation.benchmarks.streaming`: a Markdown table, and a bar picture.
 
     python -m evaluation.streamed_speed                            the table, from the committed results
     python -m evaluation.streamed_speed --picture docs/streamed_speed.png       and the bars of its last link
@@ -46,7 +46,7 @@ def read_links(paths: Sequence[Path]) -> dict[str, Mapping[str, Figures]]:
             result = json.loads(path.read_text(encoding="utf-8"))
             link, methods = result["link"], result["methods"]
         except (OSError, ValueError, KeyError) as error:
-            raise CatsError(f"{path} is no result of scripts.benchmark_streaming: {error}; name one that is.") from error
+            raise CatsError(f"{path} is no result of evaluation.benchmarks.streaming: {error}; name one that is.") from error
         links[DISK if link.startswith(DISK) else link] = methods
     return links
 

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh requirements.txt
 
-python -m scripts.demo "$@"
+python -m evaluation.benchmarks.demo "$@"

@@ -16,13 +16,14 @@ import cats
 from cats import CatsError
 from cats.nested import conversion
 from cats.planning.plan import COARSE
+from evaluation.benchmarks import budget as benchmark_budget
+from evaluation.benchmarks import write_gguf
+from evaluation.benchmarks.budget import in_turns, main, one_run, summarise
+from evaluation.benchmarks.budget_engines import ENGINES
+from evaluation.benchmarks.make_synthetic_checkpoint import base_config, make_checkpoint
+from evaluation.benchmarks.peer_engines import PEERS
+from evaluation.benchmarks.timed_run import Request, measure
 from evaluation.memory_run import GROUPS, run_limited
-from scripts import benchmark_budget, write_gguf
-from scripts.benchmark_budget import in_turns, main, one_run, summarise
-from scripts.budget_engines import ENGINES
-from scripts.make_synthetic_checkpoint import base_config, make_checkpoint
-from scripts.peer_engines import PEERS
-from scripts.timed_run import Request, measure
 from tests.test_synthetic_checkpoint import CONFIG
 
 needs_groups = pytest.mark.skipif(not os.access(GROUPS / "memory", os.W_OK), reason="no writable version 1 memory control groups")
@@ -44,7 +45,7 @@ def request_for(tmp_path_factory: pytest.TempPathFactory) -> Request:
 
 def test_all_engines_say_the_same(request_for: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {engine: measure(replace(request_for, engine=engine), ENGINES)["ids"] for engine in ENGINES if engine != "nested"}
-    monkeypatch.setattr("scripts.budget_engines.interpreter_bytes", lambda: 0)
+    monkeypatch.setattr("evaluation.benchmarks.budget_engines.interpreter_bytes", lambda: 0)
     for budget in (2_000_000, 2_600_000):
         offloaded = measure(replace(request_for, engine="accelerate", budget_bytes=budget), ENGINES)
         assert offloaded["notes"]["modules_offloaded"] > 0
@@ -158,7 +159,7 @@ def test_a_peer_that_cannot_run_is_a_row(request_for: Request, tmp_path: Path) -
 
 
 def test_peers_need_nothing_of_ours() -> None:
-    program = "import scripts.peer_engines, sys; sys.exit(str({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    program = "import evaluation.benchmarks.peer_engines, sys; sys.exit(str({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.stderr.strip() == "set()"
 

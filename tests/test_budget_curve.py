@@ -1,4 +1,4 @@
-"""`python -m scripts.budget_curve`: methods that fit are measured at each budget, once, the others left out by name; the picture."""
+"""`evaluation.benchmarks.budget_curve`: methods that fit are measured at each budget, once, the others left out by name; the picture."""
 
 import json
 import shutil
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cats.nested import conversion
+from evaluation.benchmarks import budget_curve
 from evaluation.record_file import read_records
-from scripts import budget_curve
 from tests.tiny_models import TinyModel
 from tests.weight_kinds import rewritten
 

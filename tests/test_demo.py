@@ -7,8 +7,8 @@ import pytest
 
 from cats import Generation, GenerationConfig, MethodConfig
 from cats.cli import default_model
+from evaluation.benchmarks import demo
 from evaluation.subject import Subject
-from scripts import demo
 
 
 def rows_of(shown: str) -> list[str]:

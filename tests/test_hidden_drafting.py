@@ -4,7 +4,7 @@ import pytest
 
 from cats.planning.plan import COARSE, EXACT
 from cats.trace import PassCost, StageSeconds, StepTrace
-from scripts.hidden_drafting import hidden_drafting, sentence
+from evaluation.benchmarks.hidden_drafting import hidden_drafting, sentence
 
 
 def cycle(drafted: int, accepted: int, wait: float, passes: int | None = None) -> StepTrace:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("cats", "training", "evaluation", "scripts", "tests")
+PACKAGES = ("cats", "training", "evaluation", "tests")
 LAST_RESORT = Path("cats/cli/command.py")
 """Where a command's bug becomes a line and an exit status; nothing else may catch everything."""
 LONGEST_FUNCTION = 60
@@ -96,7 +96,7 @@ def module_of(path: Path) -> str:
 def test_imports_inside_cats_point_one_way(path: Path) -> None:
     own = module_of(path)
     for dotted in imports(path):
-        assert dotted.split(".")[0] not in ("evaluation", "training", "data", "scripts", "tests"), f"{path} imports {dotted}"
+        assert dotted.split(".")[0] not in ("evaluation", "training", "data", "tests"), f"{path} imports {dotted}"
         other = cats_module(dotted)
         if other is not None and other != own:
             assert rank(other) <= rank(own), f"{path} imports {dotted}, which stands above it"
@@ -111,7 +111,7 @@ def test_plain_arithmetic_needs_no_torch(path: Path) -> None:
 @pytest.mark.parametrize("path", sources("training"), ids=str)
 def test_training_sees_only_the_models(path: Path) -> None:
     for dotted in imports(path):
-        assert dotted.split(".")[0] not in ("evaluation", "scripts", "tests"), f"{path} imports {dotted}"
+        assert dotted.split(".")[0] not in ("evaluation", "tests"), f"{path} imports {dotted}"
         module = cats_module(dotted)
         assert module is None or module in TRAINING_MAY_USE, f"{path} imports {dotted}"
 
@@ -174,7 +174,7 @@ def test_no_absolute_paths_of_a_machine() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("path", [path for path in sources("cats", "evaluation", "training", "scripts") if path != LAST_RESORT], ids=str)
+@pytest.mark.parametrize("path", [path for path in sources("cats", "evaluation", "training") if path != LAST_RESORT], ids=str)
 def test_every_command_has_the_flags_of_every_command(path: Path) -> None:
     assert "ArgumentParser(" not in (ROOT / path).read_text(encoding="utf-8"), f"{path}: build a CommandParser"
 

@@ -41,4 +41,4 @@ def test_a_file_of_another_command_is_named(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as stopped:
         streamed_speed.main(["--published", str(other)])
     assert stopped.value.code == 2
-    assert "other.json is no result of scripts.benchmark_streaming" in capsys.readouterr().err
+    assert "other.json is no result of evaluation.benchmarks.streaming" in capsys.readouterr().err

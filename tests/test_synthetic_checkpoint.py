@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cats
-from scripts import make_synthetic_checkpoint as synthetic
-from scripts.make_synthetic_checkpoint import base_config, cut_into_shards, main, missing_shards, tensor_shapes
+from evaluation.benchmarks import make_synthetic_checkpoint as synthetic
+from evaluation.benchmarks.make_synthetic_checkpoint import base_config, cut_into_shards, main, missing_shards, tensor_shapes
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 CONFIG = {

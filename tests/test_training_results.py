@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cats.adapter import AdapterModel
-from scripts import benchmark_training
+from evaluation.benchmarks import training as benchmark_training
 from tests.chats import write
 from tests.tiny_models import TinyModel
 from training import curves, train_finetune

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cats.checkpoint import each_tensor
 from cats.from_gguf import GgufLlama, tensors_of
-from scripts.write_gguf import main
+from evaluation.benchmarks.write_gguf import main
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 

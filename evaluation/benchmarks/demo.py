@@ -97,7 +97,9 @@ class Figures:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandParser(prog="python -m scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python -m evaluation.benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--resident", action="store_true", help="hold all weights in memory instead")
     parser.add_argument("--memory-budget", help="of weights (default: 184MB of SmolLM2's 269, as large a share of another model)")
     parser.add_argument("--max-new-tokens", type=int, default=72, help="per answer (default: %(default)s)")

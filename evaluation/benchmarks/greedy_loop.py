@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from scripts.timed_run import Engine, Request, Step
+from evaluation.benchmarks.timed_run import Engine, Request, Step
 
 
 def greedy_loop(model: Any, request: Request, notes: dict[str, Any] | None = None) -> Engine:

@@ -1,10 +1,10 @@
 """Tokens per second over the memory budget: methods in turns at each of several budgets, next to their bounds, as a picture.
 
-    python -m scripts.budget_curve --nested-model-path NESTED --flash-bandwidth 100MB/s --output curve.json \
+    python -m evaluation.benchmarks.budget_curve --nested-model-path NESTED --flash-bandwidth 100MB/s --output curve.json \
         --budgets 85MB 110MB 140MB 170MB 184MB 200MB 230MB 290MB
-    python -m scripts.budget_curve --output curve.json --merge          only draw what is there
+    python -m evaluation.benchmarks.budget_curve --output curve.json --merge          only draw what is there
 
-Measured as scripts/benchmark_streaming.py measures at one budget: budgets are of weights, every method has a plan of its own, all answer
+Measured as streaming.py measures at one budget: budgets are of weights, every method has a plan of its own, all answer
 the same questions in turns, and their text must be plain decoding's. Methods that draft with a coarse form run on the nested checkpoint.
 The bound of a cycle is the longer of what the link needs for the bytes streamed and what the processor needs for the arithmetic. A method
 that does not fit a budget is left out there, and the result says why. One record a budget: an interrupted run goes on with the next.
@@ -29,6 +29,7 @@ from cats.files import write_atomically
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
 from cats.settings import as_record
+from evaluation.benchmarks.streaming import PLAIN, Contender, answer_in_turns, figures_of, imitated, loaded
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.cycles import streams
 from evaluation.options import ADAPTERS, add_place_flags
@@ -36,7 +37,6 @@ from evaluation.presets import PRESET_HELP, parse_presets, title_of
 from evaluation.record_file import Record, append_record, check_settings, read_records, write_json
 from evaluation.subject import weights_fingerprint
 from evaluation.timing import environment
-from scripts.benchmark_streaming import PLAIN, Contender, answer_in_turns, figures_of, imitated, loaded
 
 DEFAULT_METHODS = ("prompt_lookup", "cascade_tree", "nested_adaptive")
 MARKS = "osv^D<>"

@@ -1,6 +1,6 @@
 """How much of the disk's rate the streaming reader reaches, with a consumer that only takes the tensors.
 
-    python -m scripts.benchmark_stream --model-path DIR [--ring-buffers K] [--repeats 5] --output FILE
+    python -m evaluation.benchmarks.reader --model-path DIR [--ring-buffers K] [--repeats 5] --output FILE
 
 In turns, in one process: a pass of the streamer over every matrix of the decoder layers, and a plain sequential read of the
 same files (past the page cache, 16 MiB at a time, into huge pages). Bytes are those asked from the device; each side starts

@@ -1,6 +1,6 @@
 """A checkpoint with the shapes of a named model and random weights: for measuring speed and memory where no trained weights are at hand.
 
-    python -m scripts.make_synthetic_checkpoint --config data/vicuna_7B_config.json --dtype bfloat16 --exits 3 15 --outdir DIR
+    python -m evaluation.benchmarks.make_synthetic_checkpoint --config data/vicuna_7B_config.json --dtype bfloat16 --exits 3 15 --outdir DIR
 
 DIR gets what a published checkpoint has (config.json, safetensors shards with an index, a tokenizer: the test fixture's, whose ids are
 valid in any vocabulary that is not smaller) and `adapters/exit<l>` for every exit. The text of such a model means nothing.
@@ -33,7 +33,7 @@ from cats.files import write_atomically
 from cats.records import check_agreement
 from training.provenance import read_json, write_json
 
-TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SETTINGS = "SYNTHETIC.json"
 BLOCK = 4_194_301

@@ -1,6 +1,6 @@
 """The memory ledger beside what the kernel says the process holds, at several budgets.
 
-    python -m scripts.ledger_check --model-path M [--adapters FOLDER --draft-layer 3 --shallow-layer 15] \
+    python -m evaluation.benchmarks.ledger_check --model-path M [--adapters FOLDER --draft-layer 3 --shallow-layer 15] \
         --budgets 2GB 6GB 8GB --output evaluation/results/ledger.json
 
 Every budget is a fresh process: it loads, answers a short prompt, and reports the most that the ledger counted and the most that was

@@ -26,7 +26,7 @@ class Request:
     """One run.
 
     Attributes:
-        engine: a key of `ENGINES` in scripts/budget_engines.py or scripts/peer_engines.py.
+        engine: a key of `ENGINES` in budget_engines.py or peer_engines.py.
         model: a checkpoint directory.
         adapters: draft and shallow adapter, for CATS.
         budget_bytes: of the whole process; None: no limit.

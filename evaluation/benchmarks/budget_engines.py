@@ -1,6 +1,6 @@
 """Ways to decode a model larger than memory, one process each: ours (plain, CATS, nested), accelerate's disk offload, mapped files.
 
-    python -m scripts.budget_engines REQUEST.json RESULT.json        (scripts/benchmark_budget.py calls it)
+    python -m evaluation.benchmarks.budget_engines REQUEST.json RESULT.json        (budget.py calls it)
 
 All read the same safetensors shards, but for nested, which reads the nested checkpoint made of them. What is timed: committed tokens after
 the prompt and one warm-up step.
@@ -25,9 +25,9 @@ from cats.config import MemoryOptions, MethodConfig, require
 from cats.methods import with_needs
 from cats.planning.plan import COARSE, EXACT, MemoryPlan, View
 from cats.runtime.budget import interpreter_bytes
+from evaluation.benchmarks.greedy_loop import greedy_loop
+from evaluation.benchmarks.timed_run import EXTRA_CYCLES, Engine, Request, Step, answer
 from evaluation.replay import ReplayedAcceptance, Schedule, replayed
-from scripts.greedy_loop import greedy_loop
-from scripts.timed_run import EXTRA_CYCLES, Engine, Request, Step, answer
 
 CYCLES = 10_000
 """Length of a replayed schedule; longer than any run."""

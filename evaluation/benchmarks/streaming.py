@@ -1,6 +1,6 @@
 """Wall clock under streaming: plain decoding and CATS with the same budget of weights, every method with a plan of its own, in turns.
 
-    python -m scripts.benchmark_streaming [--flash-bandwidth 100MB/s] --memory-budget 184MB --output streaming.json
+    python -m evaluation.benchmarks.streaming [--flash-bandwidth 100MB/s] --memory-budget 184MB --output streaming.json
 
 Says for every method: tokens/s against plain decoding, next to the accepted length; the cycle's time next to its physical bound, the
 longer of what the link needs for the bytes streamed and what the processor needs for the arithmetic (the cycle less its waiting), and
@@ -32,6 +32,7 @@ from cats.methods import needs_of, with_needs
 from cats.planning.plan import amount, parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
 from cats.runtime.store import Store
+from evaluation.benchmarks.hidden_drafting import hidden_drafting, sentence
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.metrics import ratio_interval
 from evaluation.options import add_place_flags
@@ -40,7 +41,6 @@ from evaluation.questions import read_questions, resolve_bench, select_questions
 from evaluation.record_file import write_json
 from evaluation.subject import load_text, stored_bytes
 from evaluation.timing import environment
-from scripts.hidden_drafting import hidden_drafting, sentence
 
 PLAIN = "autoregressive"
 

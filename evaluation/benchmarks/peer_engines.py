@@ -1,9 +1,9 @@
 """Other people's ways to decode a model larger than memory, one process each: llama.cpp on a mapped GGUF file, AirLLM, memopro.
 
-    PEERS/bin/python -m scripts.peer_engines REQUEST.json RESULT.json        (scripts/benchmark_budget.py calls it)
+    PEERS/bin/python -m evaluation.benchmarks.peer_engines REQUEST.json RESULT.json        (budget.py calls it)
 
 Runs in an interpreter that has the peers installed and needs nothing else (docs/peers.md). A peer that is not there is one sentence.
-Each gets the whole budget and its own defaults otherwise; what is timed is what scripts/budget_engines.py times.
+Each gets the whole budget and its own defaults otherwise; what is timed is what budget_engines.py times.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from types import ModuleType
 
 from cats.cli.command import exit_with_sentence
 from cats.errors import CatsError
-from scripts.timed_run import Engine, Request, Step, answer
+from evaluation.benchmarks.timed_run import Engine, Request, Step, answer
 
 GGUF_NUMBERS = {"0": "float32", "1": "float16", "32": "bfloat16"}
 """Kinds of GGUF file, `general.file_type`, by the dtype of their matrices."""
@@ -62,7 +62,7 @@ def airllm(request: Request) -> Engine:
     """AirLLM: one file a layer, each mapped when its turn comes and dropped behind it, the next one on a thread of its own."""
     library = peer("airllm", "airllm")
     layers = copy_of(request, "--airllm-path", "AirLLM keeps a copy of the weights in one file a layer")
-    from scripts.greedy_loop import greedy_loop
+    from evaluation.benchmarks.greedy_loop import greedy_loop
 
     model = library.AutoModel.from_pretrained(request.model, device="cpu", layer_shards_saving_path=layers)
     return greedy_loop(model.model, request, versioned("airllm"))
@@ -72,7 +72,7 @@ def memopro(request: Request) -> Engine:
     """memopro: the checkpoint's own files through a runtime that holds what fits and evicts what is used last."""
     runtime = peer("memopro.rt", "memopro")
     streaming = peer("memopro.rt.torch", "memopro")
-    from scripts.greedy_loop import greedy_loop
+    from evaluation.benchmarks.greedy_loop import greedy_loop
 
     limits = {} if request.budget_bytes is None else dict.fromkeys(("budget", "process_budget"), request.budget_bytes)
     model = streaming.stream_model(request.model, runtime=runtime.Runtime(**limits), device="cpu")

@@ -1,6 +1,6 @@
 """What adapter training costs on a base model: tokens/s on the fly and from stored states, against the base's forward alone.
 
-    python -m scripts.benchmark_training --data-path answers.json.gz --exit-layers 3 10 15 20 --output training_speed.json
+    python -m evaluation.benchmarks.training --data-path answers.json.gz --exit-layers 3 10 15 20 --output training_speed.json
 
 Cases take turns on the same rows, after one untimed round: the forward of the base's layers (which bounds training on the
 fly), optimizer steps on the fly with the sampled and with the full normaliser, and steps from stored states with the base's

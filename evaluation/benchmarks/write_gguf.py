@@ -1,6 +1,6 @@
 """A Llama checkpoint as one GGUF file for llama.cpp, matrices in half precision, norms in float32.
 
-    python -m scripts.write_gguf MODEL FILE.gguf [--type bf16]
+    python -m evaluation.benchmarks.write_gguf MODEL FILE.gguf [--type bf16]
 
 The file has no tokenizer: benchmarks give and take token ids. float16 is what llama.cpp's own conversion writes by default. Of bfloat16
 weights it rounds the smallest (below 2**-17) and cannot hold the largest (from 65504 on): how many values changed is said at the end, and
@@ -128,7 +128,9 @@ def write_gguf(directory: Path, path: Path, kind: str, on_bytes: Callable[[int],
 @exit_with_sentence
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the file, below a bar."""
-    parser = CommandParser(prog="python -m scripts.write_gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python -m evaluation.benchmarks.write_gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="checkpoint directory of a Llama, in safetensors")
     parser.add_argument("file", type=Path, help="the GGUF file to write")
     parser.add_argument("--type", choices=tuple(KINDS), default="f16", help="of the matrices (default: %(default)s)")

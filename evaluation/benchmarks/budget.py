@@ -1,6 +1,6 @@
 """Tokens per second of one model under one memory budget: ours (plain, CATS, nested), transformers' ways and peers, in turns.
 
-    python -m scripts.benchmark_budget --model-path M --draft-adapter-path D --shallow-adapter-path S --memory-budget 8GB \
+    python -m evaluation.benchmarks.budget --model-path M --draft-adapter-path D --shallow-adapter-path S --memory-budget 8GB \
         --replayed-acceptance 3.05 --repeats 3 --output evaluation/results/seven_billion.json
     ... --nested-model-path N --nested-steps 20 --nested-acceptance 11     and the chain of nested weights made of the same checkpoint
     ... --peer-python PEERS/bin/python --gguf-path F --airllm-path A       and llama.cpp, AirLLM, memopro (docs/peers.md)
@@ -34,13 +34,13 @@ from cats.errors import CatsError
 from cats.files import write_atomically
 from cats.planning.plan import parse_amount
 from cats.runtime.link import measure_read_rate, rate_text
+from evaluation.benchmarks.budget_engines import ENGINES
+from evaluation.benchmarks.peer_engines import PEERS
+from evaluation.benchmarks.timed_run import Request
 from evaluation.memory_run import forget, python_command, run_limited
 from evaluation.record_file import append_record, check_settings, read_records, write_json
 from evaluation.subject import files_fingerprint, weights_fingerprint
 from evaluation.timing import environment
-from scripts.budget_engines import ENGINES
-from scripts.peer_engines import PEERS
-from scripts.timed_run import Request
 
 TITLES = {
     "plain": "ours, plain decoding",
@@ -102,7 +102,7 @@ def one_run(request: Request, python: str, read_rate: float | None, limited: boo
     """A fresh process of an interpreter for one request; what it measured, or why it failed."""
     shards = weight_files(request.model)
     forget([*shards, *files_of(request.converted)])
-    module = "scripts.peer_engines" if request.engine in PEERS else "scripts.budget_engines"
+    module = "evaluation.benchmarks.peer_engines" if request.engine in PEERS else "evaluation.benchmarks.budget_engines"
     with tempfile.TemporaryDirectory(prefix="cats-budget-") as folder:
         asked, answer, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
         asked.write_text(json.dumps(dataclasses.asdict(request)))
@@ -217,13 +217,13 @@ def report(args: argparse.Namespace, request: Request, rows: Sequence[dict[str, 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandParser(prog="python -m scripts.benchmark_budget", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(prog="python -m evaluation.benchmarks.budget", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model-path", required=True, help="checkpoint directory with safetensors")
     parser.add_argument("--draft-adapter-path", help="for CATS")
     parser.add_argument("--shallow-adapter-path", help="for CATS")
     parser.add_argument("--nested-model-path", help="nested checkpoint made of the same weights, for nested")
     parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter that has the peers installed (docs/peers.md)")
-    parser.add_argument("--gguf-path", metavar="FILE", help="the same weights for llama.cpp, by scripts.write_gguf")
+    parser.add_argument("--gguf-path", metavar="FILE", help="the same weights for llama.cpp, by evaluation.benchmarks.write_gguf")
     parser.add_argument("--airllm-path", metavar="DIR", help="where AirLLM keeps the same weights layer by layer; made where it is missing")
     which = "default: all; nested where --nested-model-path is given, peers where --peer-python is"
     parser.add_argument("--engines", nargs="+", choices=(*ENGINES, *PEERS), help=which)

@@ -1,6 +1,6 @@
 """What a pass and a token cost with all weights in memory, beside transformers and llama.cpp, and what a cycle spends outside the model.
 
-    python -m scripts.benchmark_engine [--gguf FILE.gguf ...] [--threads 1 2] [--output FILE.json]
+    python -m evaluation.benchmarks.engine [--gguf FILE.gguf ...] [--threads 1 2] [--output FILE.json]
 
 Engines and methods take turns in one run: milliseconds of a pass over 1 to 40 rows behind a prompt of 40 tokens, tokens per second of
 plain greedy decoding (on text that must be transformers' own), and per method the cycle by stage. "Overhead" is the part of a cycle
@@ -25,10 +25,10 @@ from cats import kernels
 from cats.cli.command import CommandParser, exit_with_sentence
 from cats.cli.progress import heartbeat, live_bar
 from cats.files import write_atomically
+from evaluation.benchmarks.pass_engines import LlamaCpp, Ours, PassEngine, Transformers
 from evaluation.chosen_model import ChosenModel, chosen_model
 from evaluation.options import add_place_flags
 from evaluation.timing import environment, seconds_of
-from scripts.pass_engines import LlamaCpp, Ours, PassEngine, Transformers
 
 ROWS = (1, 4, 8, 20, 40)
 METHODS: dict[str, cats.MethodConfig] = {
