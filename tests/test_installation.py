@@ -66,3 +66,4 @@ def test_without_a_model_one_sentence_says_how_to_get_one(installed: Path, tmp_p
     said = ended.stderr.strip().splitlines()[-1]  # behind the bar
     assert said.startswith("error: there is no model here: SmolLM2-135M-Instruct is not in ")
     assert "give --model-path DIRECTORY_OR_HUB_ID" in said
+    assert "compiling" not in ended.stderr, "nobody waits for kernels to be told that"

@@ -89,10 +89,12 @@ def load_with_method(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.Me
     from cats.earlyexit import read_config
     from cats.hub import locate
 
-    ready_to_compute(arguments)
     default = default_model() if arguments.model_path is None else None
     path = default.path if default else arguments.model_path
     adapters = chosen_adapters(arguments, default.adapters if default else {})
+    with heartbeat("looking for the model"):
+        properties = read_config(locate(path))
+    ready_to_compute(arguments)
     if is_planned(arguments):
         return load_planned(arguments, path, adapters)
     name = arguments.method or best_method(adapters)
@@ -100,7 +102,7 @@ def load_with_method(arguments: argparse.Namespace) -> "tuple[CatsModel, cats.Me
         sys.stderr.write(f"no adapters for {default.name} lie beside this installation, so it drafts by {name.replace('_', ' ')}.\n")
     config = chosen_method(name, arguments)
     with heartbeat("loading"):
-        check_runnable([config], read_config(locate(path)), arguments.coarse)
+        check_runnable([config], properties, arguments.coarse)
         memory = memory_options(arguments, arguments.max_new_tokens, [config])
         chosen = needed_adapters(arguments, adapters, name, needs_of(config).adapters)
         dtypes = {"dtype": arguments.dtype, "compute_dtype": arguments.compute_dtype}
