@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cats import CatsError
-from cats.methods import PRESETS, method_of, needs_of
+from cats.methods import PRESETS
 from cats.records import check_agreement
 from evaluation.metrics import (
     ModelShape,
@@ -115,11 +115,8 @@ def row_of(label: str, exits: str, cells: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def extra_bytes(cell: dict[str, Any]) -> int:
-    """Resident bytes of the method beside the base; cells of an older tree say those of the adapters, and the method tells its own."""
-    extra = cell.get("extra_resident_bytes") or cell.get("held_beside")  # the name that an older tree gave it
-    if extra is not None:
-        return sum(extra.values())
-    return int(cell["extra_bytes"]) + needs_of(method_of(cell["settings"]["method"])).resident_bytes
+    """Resident bytes of the method beside the base."""
+    return sum(cell["extra_resident_bytes"].values())
 
 
 def how_chosen(settings: dict[str, Any]) -> str:
@@ -138,7 +135,7 @@ def markdown(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) ->
     settings, about = cells[0]["settings"], cells[0]["environment"]
     counts = sorted({len(cell["settings"]["question_ids"]) for cell in cells})
     sets = sorted({cell["settings"]["source"].strip("()").partition(";")[0] for cell in cells})
-    arithmetic = {"weights": cells[0]["arithmetic"].get("held"), **cells[0]["arithmetic"]}  # the name that an older tree gave it
+    arithmetic = cells[0]["arithmetic"]
     heading = f", temperature {settings['temperature']:g}, seed {settings['seed']}" if settings.get("temperature") else ""
     return (
         f"# Accepted length of {settings['model']['name']}{heading}\n\n"

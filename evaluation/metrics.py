@@ -162,13 +162,13 @@ def layer_passes_per_token(records: Iterable[Record]) -> float | None:
 
 def coarse_layer_passes(turns: Iterable[Mapping[str, Any]]) -> int:
     """Layer passes of the coarse form, over the step lists of turns."""
-    return sum(sum(steps.get("coarse_layer_passes", ())) for steps in turns)
+    return sum(sum(steps["coarse_layer_passes"]) for steps in turns)
 
 
 def layer_bytes_per_token(records: Iterable[Record], shape: ModelShape) -> float | None:
     """Weight bytes of decoder layers that passes read, streamed or not, per committed token; prefill, head and adapters left out.
 
-    Every layer pass counts with the bytes of the form that ran. Records of an older tree do not say which were coarse; they count as exact.
+    Every layer pass counts with the bytes of the form that ran.
     """
     turns = list(steps_of_turns(records))
     coarse = coarse_layer_passes(turns)

@@ -19,6 +19,7 @@ def turn(committed: list[int], **more: Any) -> dict[str, Any]:
         "committed": committed,
         "shallow_accepted": [None] * steps,
         "layer_passes": [44] * steps,
+        "coarse_layer_passes": [0] * steps,
         "accepted_kinds": {},
         "confusion": None,
         "seconds": zeros,
