@@ -3,7 +3,7 @@
     PEERS/bin/python -m evaluation.benchmarks.peer_engines REQUEST.json RESULT.json        (budget.py calls it)
 
 Runs in an interpreter that has the peers installed and needs nothing else (docs/peers.md). A peer that is not there is one sentence.
-Each gets the whole budget and its own defaults otherwise; what is timed is what budget_engines.py times.
+Each gets the whole budget, memopro a share of it, and its own defaults otherwise; what is timed is what budget_engines.py times.
 """
 
 import importlib
@@ -16,6 +16,8 @@ from cats.cli.command import exit_with_sentence
 from cats.errors import CatsError
 from evaluation.benchmarks.timed_run import Engine, Request, Step, answer
 
+MEMOPRO_SHARE = 0.85
+"""Of the budget, that it is told to keep: told all of it, it was killed at the limit."""
 GGUF_NUMBERS = {"0": "float32", "1": "float16", "32": "bfloat16"}
 """Kinds of GGUF file, `general.file_type`, by the dtype of their matrices."""
 
@@ -74,7 +76,7 @@ def memopro(request: Request) -> Engine:
     streaming = peer("memopro.rt.torch", "memopro")
     from evaluation.benchmarks.greedy_loop import greedy_loop
 
-    limits = {} if request.budget_bytes is None else dict.fromkeys(("budget", "process_budget"), request.budget_bytes)
+    limits = {} if request.budget_bytes is None else dict.fromkeys(("budget", "process_budget"), int(MEMOPRO_SHARE * request.budget_bytes))
     model = streaming.stream_model(request.model, runtime=runtime.Runtime(**limits), device="cpu")
     return greedy_loop(model, request, versioned("memopro"))
 
