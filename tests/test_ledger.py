@@ -67,6 +67,7 @@ def run(model: Path, budget: int) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_the_ledger_is_what_the_process_holds(middling: Path) -> None:
     """At its peak and after the answer; the budget is met with and without a stream."""
     resident = run(middling, 2 * 10**9)
@@ -103,7 +104,7 @@ def test_adapters_of_several_sizes_are_charged_what_they_hold(tiny: Callable[[st
     base = tiny("llama").base
     large = AdapterModel(AdapterModel.config_for(read_config(base), "decoder"), SHALLOW_EXIT)
     large.save_pretrained(tmp_path / "large")
-    model = cats.load(base, {"draft": tiny("llama").draft, "shallow": tmp_path / "large"}, memory=cats.MemoryOptions(10**9), plan=None)
+    model = cats.load(base, {"draft": tiny("llama").draft, "shallow": tmp_path / "large"}, memory=cats.MemoryOptions(10**10), plan=None)
     sizes = [adapter.nbytes for adapter in model.adapters.values()]
     assert sizes[1] > 1.5 * sizes[0]
     assert sum(sizes) <= dict(model.base.source.plan.charges)["adapters"] < sum(sizes) + len(sizes)

@@ -143,9 +143,10 @@ def test_the_readmes_table_is_of_the_results() -> None:
 
 
 def test_result_files_that_pages_name_are_there() -> None:
-    names = set(re.findall(r"`(?:evaluation/results/)?([\w]+\.(?:json|jsonl|runs\.jsonl))`", PAGES[ROOT / "docs" / "results.md"]))
+    name = r"`(?:evaluation/results/)?((?:reproduce/)?\w+\.(?:json|jsonl|runs\.jsonl))`"
+    names = set(re.findall(name, PAGES[ROOT / "docs" / "results.md"]))
     assert names
-    assert not [name for name in names if not (ROOT / "evaluation" / "results" / name).exists()]
+    assert not [file for file in names if not (ROOT / "evaluation" / "results" / file).exists()]
 
 
 def test_no_committed_comparison_with_transformers_differs() -> None:
