@@ -20,6 +20,8 @@ LENGTHS = (1, 2, 7, 40)
 PROMPTS = [*prompts(count=1, longest=20, seed=4), [7]]
 SLIDES: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 24}
 ALTERNATING = ["full_attention", "sliding_attention"] * (LAYERS // 2)
+QUICK = ("llama", "llama-grouped", "qwen3", "mistral")
+"""Families that every run looks at; the others are slow tests."""
 Tiny = Callable[[str], TinyModel]
 
 
@@ -46,7 +48,7 @@ def test_every_method_has_a_shape() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES])
 def test_greedy_is_transformers_greedy(tiny: Tiny, family: str, shape: str) -> None:
     for place, prompt in enumerate(PROMPTS):
         whole = expected(tiny(family), tuple(prompt), max(LENGTHS))
