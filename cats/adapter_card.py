@@ -15,7 +15,7 @@ One decoder layer ({block} block, width {width}) that reads the state of `{base}
 import cats
 
 model = cats.load("{base}", {{"draft": "{name}"}})  # or "shallow", for a shallow verifier at a later exit
-print(model.chat("Explain why the sea is salty.").text)
+answer = model.chat("Explain why the sea is salty.").text
 ```
 
 Beside a model that transformers loaded: `model.generate(..., custom_generate=cats.transformers_generate(adapters={{"draft": "{name}"}}))`.
